@@ -1,0 +1,14 @@
+"""How the embedded model was made: artwork -> autoencoder -> text -> teacher -> assemble, and how good it is: measure.
+
+Every part is a module with `make(runs, minutes=None)`, resumes where it was stopped, and is run by its name.
+"""
+
+PARTS = {
+    "artwork": "fetch the icon packs, render pictures and masks, check them against the frozen manifest",
+    "autoencoder": "train 128 px <-> 16 x 16 x 8 latents",
+    "text": "train the text encoder by distilling a sentence encoder",
+    "teacher": "train the denoiser on cached latents and text states",
+    "assemble": "put the trained parts into assets/emoji-sd",
+    "scorer": "train the two scorers that judge pictures against captions",
+    "measure": "write every figure the README gives of the model",
+}

@@ -1,0 +1,304 @@
+"""Two CLIP-like scorers, "a" and "b": does this picture show what this text says?
+
+    python -m hypersd emoji scorer
+
+Each is a small ResNet on 64 px pictures and a copy of the text encoder, both with a linear projection into one space
+(CLIP, arXiv:2103.00020). They saw different pictures and started from different seeds, so one may become a reward while
+the other only ever measures. All drawings of one concept in a batch count as right (arXiv:2004.11362).
+
+Generated pictures are softer than vector art: training pictures are blurred and made noisy at random, so that the
+scorers judge what is drawn rather than how sharp it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+
+from hypersd.emoji import artwork, text
+from hypersd.train import Recipe, Run, Step
+
+SIDE, SPACE = 64, 256  # pixels, width of the common space
+ASSETS = artwork.MANIFEST.parent
+RECIPE = Recipe(
+    updates=1200, batch=128, lr=2e-3, warmup=100, cooldown=600, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
+)
+STYLED = 0.3  # share of captions that name their style
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+class Scorer(nn.Module):
+    """An image tower and a text tower, each loadable on its own with stock transformers classes."""
+
+    def __init__(
+        self, image: ResNetForImageClassification, text_: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer
+    ) -> None:
+        super().__init__()
+        self.image, self.text, self.tokenizer = image, text_, tokenizer
+        self.scale = nn.Parameter(torch.tensor(2.5))  # log of the inverse temperature
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """float [n, 3, h, w] in -1..1 -> unit vectors [n, 256]; differentiable, so it can serve as a reward."""
+        return F.normalize(self.image(pixel_values=shrink(x)).logits.float(), dim=1)
+
+    def texts(self, ids: Tensor) -> Tensor:
+        """Ids [n, length] -> unit vectors [n, 256]."""
+        return F.normalize(self.text(input_ids=ids).text_embeds.float(), dim=1)
+
+
+def image_tower() -> ResNetForImageClassification:
+    """2.8 M parameters, 46 MMAC a picture; its classifier is the projection."""
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[32, 64, 128, 256],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            num_labels=SPACE,
+        )
+    )
+
+
+def text_tower(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    """The embedded model's text encoder, frozen, with a new projection."""
+    tower, tokenizer = text.load(folder)
+    with_projection = CLIPTextModelWithProjection(tower.text_encoder.config)
+    with_projection.text_model.load_state_dict(tower.text_encoder.state_dict())
+    with_projection.text_model.requires_grad_(False)
+    return with_projection, tokenizer
+
+
+def shrink(x: Tensor) -> Tensor:
+    """float [n, 3, h, w] -> [n, 3, 64, 64], averaging over areas."""
+    return x if x.shape[-2:] == (SIDE, SIDE) else F.interpolate(x, (SIDE, SIDE), mode="area")
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+class Matching:
+    """The objective: tell which caption of the batch belongs to which picture, both ways."""
+
+    def __init__(
+        self,
+        pictures: np.ndarray,
+        rows: Sequence[artwork.Picture],
+        half: int | None,
+        tower: tuple[CLIPTextModelWithProjection, CLIPTokenizer],
+        recipe: Recipe = RECIPE,
+    ) -> None:
+        self.rows, self.recipe, self.half = rows, recipe, half
+        self.small = np.stack([_bytes(shrink(_floats(p[None])))[0] for p in pictures])
+        self.train = np.flatnonzero([r.split == "train" and half in (None, int(r.sha256, 16) % 2) for r in rows])
+        torch.manual_seed(recipe.seed)
+        self.scorer = Scorer(image_tower(), *tower).train()
+        self.captions = [artwork.captions(r) for r in rows]
+        self.texts = sorted({c for captions in self.captions for c in captions})
+        self.place = {t: i for i, t in enumerate(self.texts)}
+        self.states = _states(self.scorer, self.texts)  # the trunk is frozen: only its projection is trained
+        concepts = {c: i for i, c in enumerate(sorted({r.concept for r in rows}))}
+        self.concept = torch.tensor([concepts[r.concept] for r in rows])
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"scorer": self.scorer}
+
+    def describe(self) -> dict[str, Any]:
+        key = hashlib.sha256(self.states.numpy().tobytes())
+        key.update("".join(self.rows[i].sha256 for i in self.train).encode())
+        return {"half": self.half, "pictures": len(self.train), "styled": STYLED, "data": key.hexdigest()[:16]}
+
+    def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        generator = step.generator("matching")
+        rows = self.train[step.rows(len(self.train)).numpy()]
+        x = augment(_floats(self.small[rows]), generator)
+        captions = [self._caption(r, generator) for r in rows]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            ours = self.scorer.pictures(x)
+            theirs = F.normalize(self.scorer.text.text_projection(self.states[captions]).float(), dim=1)
+        yield "scorer", matching_loss(ours, theirs, self.scorer.scale, self.concept[rows])
+
+    def _caption(self, row: int, generator: torch.Generator) -> int:
+        styled, other = torch.rand(2, generator=generator).tolist()
+        captions = self.captions[row]
+        return self.place[captions[0] if styled < STYLED else captions[1:][int(other * (len(captions) - 1))]]
+
+    @torch.inference_mode()
+    def sheet(self, folder: Path, step: int) -> dict[str, float]:
+        """R-precision of real pictures by their labels, among 100 labels, on both held-out splits."""
+        labels = sorted({r.label for r in self.rows})
+        pool = embed_texts(self.scorer, labels)
+        measures = {}
+        for split in ("composition", "concept"):
+            rows = [i for i, r in enumerate(self.rows) if r.split == split]
+            pictures = embed_pictures(self.scorer, self.small[rows])
+            own = pool[[labels.index(self.rows[i].label) for i in rows]]
+            measures[f"r_precision_{split}"] = r_precision(pictures, own, pool=pool)
+        return {**measures, "scale": float(self.scorer.scale.exp())}
+
+
+def matching_loss(pictures: Tensor, texts: Tensor, scale: Tensor, concepts: Tensor) -> Tensor:
+    """Symmetric cross-entropy whose targets are shared evenly by all pairs of one concept.
+
+    pictures, texts: unit vectors [n, d]; scale: log of the inverse temperature, at most 100 is used (CLIP 2.4);
+    concepts: int64 [n].
+    """
+    logits = scale.exp().clamp(max=100) * pictures @ texts.T
+    right = (concepts[:, None] == concepts[None]).float()
+    right = right / right.sum(1, keepdim=True)  # symmetric: the same for columns
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, shift, scale, colours, blur, noise; white stays outside. float [n, 3, h, w] in -1..1, the same shape."""
+    n = len(x)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    scale, mirror = uniform(0.9, 1.25), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    zero = torch.zeros(n)
+    matrix = torch.stack(
+        [
+            torch.stack([scale * mirror, zero, uniform(-0.12, 0.12)], 1),
+            torch.stack([zero, scale, uniform(-0.12, 0.12)], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    x = F.grid_sample(x - 1, grid, align_corners=False) + 1  # outside is zero, which is white here
+    blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    x = torch.lerp(x, blurred, uniform(0, 1, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) < 0.5))
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * uniform(0.8, 1.2, 1, 1, 1)
+    x = x * uniform(0.85, 1.0, 1, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
+    noise = torch.randn(x.shape, generator=generator) * uniform(0, 0.1, 1, 1, 1)
+    return (x + noise).clamp(-1, 1)
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.inference_mode()
+def embed_pictures(scorer: Scorer, pictures: np.ndarray, batch: int = 128) -> Tensor:
+    """uint8 [n, h, w, 3] -> unit vectors, float32 [n, 256]."""
+    return torch.cat([scorer.pictures(_floats(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
+
+
+@torch.inference_mode()
+def embed_texts(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
+    """Texts -> unit vectors, float32 [n, 256]."""
+    projected = scorer.text.text_projection(_states(scorer, texts, batch))
+    return F.normalize(projected.float(), dim=1)
+
+
+@torch.inference_mode()
+def _states(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
+    """End-token states before the projection, float32 [n, 256]; padding does not change them (causal mask)."""
+    out = torch.empty(len(texts), scorer.text.config.hidden_size)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: little padding
+    for first in range(0, len(order), batch):
+        part = order[first : first + batch]
+        ids = scorer.tokenizer(
+            [texts[i] for i in part], padding=True, truncation=True, max_length=text.TOKENS, return_tensors="pt"
+        ).input_ids
+        out[part] = scorer.text.text_model(input_ids=ids).pooler_output
+    return out.clone()
+
+
+def r_precision(
+    image_emb: Tensor, text_emb: Tensor, candidates: int = 100, seed: int = 0, *, pool: Tensor | None = None
+) -> float:
+    """Share of pictures whose own text beats `candidates - 1` others (R-precision, arXiv:1711.10485).
+
+    image_emb, text_emb: unit vectors [n, d], row by row a pair. pool: texts to draw the others from, [m, d], `text_emb`
+    if not given; a text equal to the picture's own is never drawn. Ties share the win.
+
+    Raises:
+        ValueError: fewer than `candidates` - 1 other texts.
+    """
+    pool = text_emb if pool is None else pool
+    generator = torch.Generator().manual_seed(seed)
+    wins = 0.0
+    for picture, own in zip(image_emb, text_emb, strict=True):
+        others = pool[(pool - own).abs().amax(1) > 1e-5]
+        if len(others) < candidates - 1:
+            raise ValueError(f"{candidates} candidates need {candidates - 1} other texts, there are {len(others)}")
+        drawn = others[torch.randperm(len(others), generator=generator)[: candidates - 1]] @ picture
+        mine = own @ picture
+        wins += float((drawn <= mine).all()) / float(1 + (drawn == mine).sum())
+    return wins / max(1, len(image_emb))
+
+
+def _floats(pictures: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------------------ export and reading
+
+
+def export(scorer: Scorer, folder: Path) -> None:
+    """image/ (ResNetForImageClassification), text/ (CLIPTextModelWithProjection) and tokenizer/, weights in fp16."""
+    image = image_tower()
+    image.load_state_dict(scorer.image.state_dict())
+    image.to(torch.float16).save_pretrained(folder / "image")
+    text_ = CLIPTextModelWithProjection(scorer.text.config)
+    text_.load_state_dict(scorer.text.state_dict())
+    text_.to(torch.float16).save_pretrained(folder / "text")
+    text.save_tokenizer(scorer.tokenizer, folder / "tokenizer")
+    (folder / "scorer.json").write_text(json.dumps({"scale": float(scorer.scale)}), encoding="utf-8")
+
+
+def load(folder: Path) -> Scorer:
+    """What `export` wrote, in fp32, frozen, in eval mode. Raises ArtworkError if it is not there."""
+    if not (folder / "scorer.json").exists():
+        raise artwork.ArtworkError(f"no scorer in {folder}; make it with: python -m hypersd emoji scorer")
+    scorer = Scorer(
+        ResNetForImageClassification.from_pretrained(folder / "image", local_files_only=True, dtype=torch.float32),
+        CLIPTextModelWithProjection.from_pretrained(folder / "text", local_files_only=True, dtype=torch.float32),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+    )
+    scale = json.loads((folder / "scorer.json").read_text(encoding="utf-8"))["scale"]
+    scorer.scale.data.fill_(scale)
+    return scorer.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    half: int  # trained on pictures whose sha256 is even (0) or odd (1)
+    seed: int
+
+
+KINDS = (Kind("a", 0, 1), Kind("b", 1, 2))
+
+
+def make(runs: Path, *, minutes: float | None = None, only: str | None = None, assets: Path = ASSETS) -> None:
+    """Train both, or `only` one, or go on; ends with `emoji-scorer-a` and `emoji-scorer-b` in `assets`."""
+    pictures, _, rows = artwork.load(runs / "artwork")
+    for kind in KINDS:
+        if only not in (None, kind.name):
+            continue
+        recipe = Recipe(**{**RECIPE.__dict__, "seed": kind.seed})
+        objective = Matching(pictures, rows, kind.half, text_tower(runs / "text" / "export"), recipe)
+        run = Run(objective, recipe, runs / f"scorer-{kind.name}")
+        done = run.advance(minutes=minutes)
+        with run.averaged():
+            export(objective.scorer, assets / f"emoji-scorer-{kind.name}")
+        tqdm.write(f"scorer {kind.name}: {'done' if done else 'not done yet'}, {run.step} updates")

@@ -1,0 +1,256 @@
+"""The embedded model's denoiser: a 17 M UNet2DConditionModel on 16 x 16 x 8 latents, v-prediction.
+
+    python -m hypersd emoji teacher
+
+Latents and text states are computed once and cached, so an update is nothing but the network. Every picture comes once
+an epoch with one of its captions; one in ten comes with the empty caption, for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hypersd.emoji import artwork, autoencoder
+from hypersd.schedule import Schedule
+from hypersd.train import Recipe, Run, Step
+
+RECIPE = Recipe(
+    updates=60000,
+    batch=32,
+    lr=1e-3,
+    warmup=500,
+    cooldown=8000,
+    weight_decay=0.01,
+    ema=0.9995,
+    clip=1.0,
+    precision="bf16",
+)
+EMPTY = 0.10  # share of pictures that come without a caption
+STYLED = 0.5  # share of captions that name their style
+GUIDANCE, STEPS = 4.0, 25  # of the sample sheet
+
+SHEET_PROMPTS = (
+    """
+grinning face, sad face, angry face, cat face, dog face, red heart, blue heart, rocket,
+pizza, red apple, banana, strawberry, hamburger, birthday cake, ice cream, hot beverage,
+automobile, bus, bicycle, sailboat, airplane, house, castle, snowman,
+cactus, sunflower, rose, mushroom, evergreen tree, rainbow, crescent moon, sun with face,
+penguin, owl, frog, fish, octopus, butterfly, lady beetle, snail,
+elephant, panda, lion, pig face, guitar, violin, drum, trumpet,
+soccer ball, basketball, trophy, gem stone, crown, top hat, high heeled shoe, glasses,
+ghost, robot, alien, skull, key, light bulb, alarm clock, wrapped gift
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
+
+
+def network() -> UNet2DConditionModel:
+    """16.8 M parameters, 0.53 GMAC a forward pass; cross-attention at 8 x 8 and 4 x 4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=256,
+        attention_head_dim=4,
+    )
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+    )
+
+
+# -------------------------------------------------------------------------------------------------- the data
+
+
+class CachedData:
+    """Latents of every picture, text states of every caption, and which captions belong to which picture."""
+
+    def __init__(self, run: Path) -> None:
+        _, _, self.rows = artwork.load(run / "artwork")
+        self.train = np.flatnonzero([r.split == "train" for r in self.rows])
+        self.latents = torch.load(run / "latents.pt", weights_only=True)  # [n, 8, 16, 16]
+        self.texts: list[str] = json.loads((run / "texts.json").read_text(encoding="utf-8"))
+        self.states = np.load(run / "states.npy", mmap_mode="r")  # [texts, 32, 256] float16
+        place = {text: i for i, text in enumerate(self.texts)}
+        self.captions = [[place[c] for c in artwork.captions(r)] for r in self.rows]
+        self.empty = place[""]
+
+    def digest(self) -> str:
+        key = hashlib.sha256(self.latents.numpy().tobytes())
+        key.update(np.ascontiguousarray(self.states[:: max(1, len(self.states) // 64)]).tobytes())
+        return key.hexdigest()[:16]
+
+
+def cache(run: Path) -> None:
+    """Encode every picture and every caption once; skipped when the inputs have not changed."""
+    inputs = "".join(sorted(_weights_digest(run / part / "export") for part in ("autoencoder", "text")))
+    stamp = run / "cached.json"
+    if stamp.exists() and json.loads(stamp.read_text())["inputs"] == inputs:
+        return
+    pictures, _, rows = artwork.load(run / "artwork")
+    vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "export", torch_dtype=torch.float32)
+    torch.save(autoencoder.encode_all(vae, pictures), run / "latents.pt")
+    texts = sorted({"", *SHEET_PROMPTS, *(c for r in rows for c in artwork.captions(r))})
+    (run / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    np.save(run / "states.npy", encode_texts(run / "text" / "export", texts))
+    stamp.write_text(json.dumps({"inputs": inputs}))
+
+
+@torch.inference_mode()
+def encode_texts(folder: Path, texts: Sequence[str], batch: int = 256) -> np.ndarray:
+    """States as StableDiffusionPipeline makes them: padded to the full length, no mask. float16 [n, 32, 256]"""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.float32).eval()
+    parts = []
+    for i in tqdm(range(0, len(texts), batch), desc="captions", unit="batch"):
+        tokens = tokenizer(list(texts[i : i + batch]), padding="max_length", truncation=True, return_tensors="pt")
+        parts.append(encoder(tokens.input_ids)[0].to(torch.float16).numpy())
+    return np.concatenate(parts)
+
+
+def _weights_digest(folder: Path) -> str:
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise artwork.ArtworkError(
+            f"no weights in {folder}; make them with: python -m hypersd emoji {folder.parent.name}"
+        )
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+class Denoising:
+    """The objective: predict v from noisy latents and a caption (arXiv:2202.00512)."""
+
+    def __init__(self, run: Path, recipe: Recipe = RECIPE) -> None:
+        self.run, self.recipe, self.data = run, recipe, CachedData(run)
+        self.schedule = Schedule.from_config(scheduler().config)
+        torch.manual_seed(recipe.seed)
+        self.unet = network().train()
+        self.unet.set_attn_processor(AttnProcessor())  # quicker here than the fused kernel, whose backward is slow
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet}
+
+    def describe(self) -> dict[str, Any]:
+        return {"empty": EMPTY, "styled": STYLED, "data": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return self.data.digest()
+
+    def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        generator = step.generator("denoise")
+        rows = self.data.train[step.rows(len(self.data.train)).numpy()]
+        x0 = self.data.latents[rows]  # [batch, 8, 16, 16]
+        noise = torch.randn(x0.shape, generator=generator)
+        # One timestep from each of `batch` equal slices: the same distribution, less variance between updates.
+        t = ((torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows) * 1000).long()
+        t = t[torch.randperm(len(rows), generator=generator)].clamp(0, 999)
+        states = self.states(rows, generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            output = self.unet(self.schedule.diffuse(x0, noise, t), t, states, return_dict=False)[0]
+        yield "unet", (output.float() - self.schedule.target(x0, noise, t)).square().mean()
+
+    def states(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """One caption a picture, drawn at random. float32 [batch, 32, 256]"""
+        chance = torch.rand(len(rows), 3, generator=generator).tolist()
+        chosen = []
+        for row, (drop, style, other) in zip(rows, chance, strict=True):
+            captions = self.data.captions[row]
+            plain = captions[1:]
+            chosen.append(
+                self.data.empty if drop < EMPTY else captions[0] if style < STYLED else plain[int(other * len(plain))]
+            )
+        return torch.from_numpy(self.data.states[chosen].astype(np.float32))
+
+    @torch.inference_mode()
+    def sheet(self, folder: Path, step: int) -> dict[str, float]:
+        """The fixed prompts with fixed noise at 25 steps; and the loss on held-out compositions, fixed noise."""
+        texts = [self.data.texts.index(p) for p in SHEET_PROMPTS]
+        states = torch.from_numpy(self.data.states[texts].astype(np.float32))
+        empty = torch.from_numpy(self.data.states[[self.data.empty]].astype(np.float32))
+        latents = sample(self.unet, self.schedule, states, empty, torch.Generator().manual_seed(1))
+        vae = AutoencoderKL.from_pretrained(self.run / "autoencoder" / "export", torch_dtype=torch.float32)
+        pictures = torch.cat([vae.decode(z).sample for z in latents.split(16)])
+        autoencoder.save_grid(pictures, folder / "sheet.png", 8)
+        return {"held_out_loss": self.held_out_loss()}
+
+    def held_out_loss(self) -> float:
+        rows = np.flatnonzero([r.split == "composition" for r in self.data.rows])
+        generator = torch.Generator().manual_seed(2)
+        x0 = self.data.latents[rows]
+        noise, t = torch.randn(x0.shape, generator=generator), torch.randint(0, 1000, (len(rows),), generator=generator)
+        states = torch.from_numpy(self.data.states[[self.data.captions[r][0] for r in rows]].astype(np.float32))
+        output = self.unet(self.schedule.diffuse(x0, noise, t), t, states, return_dict=False)[0]
+        return float((output - self.schedule.target(x0, noise, t)).square().mean())
+
+
+def sample(
+    unet: nn.Module,
+    schedule: Schedule,
+    states: Tensor,
+    empty: Tensor,
+    generator: torch.Generator,
+    steps: int = STEPS,
+    g: float = GUIDANCE,
+    batch: int = 16,
+) -> Tensor:
+    """DDIM on many prompts at once, for sheets and measures. states [n, 32, 256] -> latents [n, 8, 16, 16]"""
+    from hypersd.solvers import ddim_step
+
+    done = []
+    for part in states.split(batch):
+        x_t = torch.randn(len(part), 8, 16, 16, generator=generator)
+        both = torch.cat([empty.expand_as(part), part])
+        for t, s in schedule.jumps(steps):
+            unconditional, conditional = unet(torch.cat([x_t, x_t]), t, both, return_dict=False)[0].float().chunk(2)
+            x0, eps = schedule.split(unconditional + g * (conditional - unconditional), x_t, t)
+            x_t = ddim_step(x0, eps, schedule.level(t), schedule.level(s))
+        done.append(x_t)
+    return torch.cat(done)
+
+
+def make(runs: Path, *, minutes: float | None = None) -> None:
+    """Train, or go on training; ends with the folder `teacher/export` holding the averaged weights."""
+    cache(runs)
+    run = Run(Denoising(runs), RECIPE, runs / "teacher")
+    run.advance(minutes=minutes)
+    with run.averaged():
+        network_ = run.networks["unet"]
+        assert isinstance(network_, UNet2DConditionModel)
+        export_network(network_, runs / "teacher" / "export")
+
+
+def export_network(unet: UNet2DConditionModel, folder: Path) -> None:
+    copy = network()
+    copy.load_state_dict(unet.state_dict())
+    copy.to(torch.float16).save_pretrained(folder)

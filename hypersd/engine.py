@@ -1,0 +1,353 @@
+"""Between a click and `generate.draw`: weights loaded once, one drawing at a time, panels kept, stop that stops.
+
+Nothing heavy is imported before the weights are wanted, so a page can answer while torch is still loading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from hypersd.records import InputError, Panel, Request, digest
+
+log = logging.getLogger(__name__)
+
+BROKEN = "This picture could not be drawn because of a fault in the app. Its log says more; other settings may work."
+NO_WEIGHTS = (
+    "The model's weights are missing or damaged, so nothing can be drawn yet. "
+    "Whoever runs this app finds the reason in its log."
+)
+
+
+class Stopped(Exception):
+    """Somebody pressed stop or closed the page; the drawing ended at the next network call."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` network steps are done."""
+
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A panel, the picture its network had in mind after each step (RGB bytes of the panel's size), and whether the
+    pixels were kept from an earlier equal request. `trail` is empty unless it was asked for."""
+
+    panel: Panel
+    trail: tuple[bytes, ...] = ()
+    kept: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.panel.pixels) + sum(map(len, self.trail))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a caller follows a drawing: `progress` is called after each step; when `stop()` turns true, it ends."""
+
+    progress: Callable[[Progress], None] = lambda progress: None
+    stop: Callable[[], bool] = lambda: False
+    trail: bool = False
+
+
+UNWATCHED = Watch()
+
+
+class Draw(Protocol):
+    """What the screens need of an engine. Raises InputError for what a person can mend, Stopped after `stop`."""
+
+    def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing: ...
+
+
+class MethodRow(Protocol):
+    """What is read here of a row of METHODS; `methods.base.Method` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    def check(self, request: Request) -> None: ...
+
+
+class Engine:
+    """The one holder of a backbone; safe to call from many threads.
+
+    Args:
+        load: returns the backbone; called at the first picture or by `warm_up`, again only after it failed.
+        methods: the table of methods by name.
+        draw: (backbone, request, method, on_step=) -> Panel, as `generate.draw`, which is the default.
+        keep_bytes: how much memory finished panels may take.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        methods: Mapping[str, MethodRow],
+        draw: Callable[..., Panel] | None = None,
+        keep_bytes: int = 64 << 20,
+    ) -> None:
+        self.methods = methods
+        self._load, self._draw = load, draw
+        self._backbone: Any = None
+        self._turn = threading.Lock()  # held while loading and while drawing: visitors queue instead of sharing cores
+        self._shelf = Shelf(keep_bytes)
+
+    @property
+    def ready(self) -> bool:
+        return self._backbone is not None
+
+    def warm_up(self, request: Request | None = None) -> threading.Thread:
+        """Start a thread that loads the weights and draws once, so that the first click finds everything in place."""
+        first = request or Request("a happy cat", steps=1)
+
+        def work() -> None:
+            try:
+                self(first, next(iter(self.methods)))
+            except InputError as problem:
+                log.warning("warm-up: %s", problem)
+
+        thread = threading.Thread(target=work, name="warm-up", daemon=True)
+        thread.start()
+        return thread
+
+    def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
+        """Draw, or hand out the panel of an equal earlier request.
+
+        Raises:
+            InputError: an unknown method, a request it does not allow, or weights that cannot be read.
+            Stopped: `watch.stop()` was true while waiting or at a step.
+        """
+        row = self._row(method)
+        row.check(request)
+        if self.ready and (found := self._found(request, row, watch)):
+            return found
+        with _Turn(self._turn, watch.stop):
+            if not self.ready:
+                self._backbone = self._loaded()
+            if found := self._found(request, row, watch):  # drawn by somebody else while we waited
+                return found
+            drawing = self._drawn(request, row, watch)
+            self._shelf.put(self._key(request, row), drawing)
+            return drawing
+
+    def _key(self, request: Request, row: MethodRow) -> str:
+        return hashlib.sha256(f"{digest(request)} {row!r} {self._backbone.sha256}".encode()).hexdigest()
+
+    def _found(self, request: Request, row: MethodRow, watch: Watch) -> Drawing | None:
+        found = self._shelf.get(self._key(request, row))
+        return replace(found, kept=True) if found and (found.trail or not watch.trail) else None
+
+    def _row(self, method: str) -> MethodRow:
+        if method not in self.methods:
+            raise InputError(f"there is no method {str(method)[:40]!r}; choose from {', '.join(self.methods)}")
+        return self.methods[method]
+
+    def _loaded(self) -> Any:
+        try:
+            return self._load()
+        except InputError:
+            raise  # says which file and what to do
+        except (OSError, ValueError, RuntimeError, ImportError) as problem:
+            log.exception("the weights could not be loaded")
+            raise InputError(NO_WEIGHTS) from problem
+
+    def _drawn(self, request: Request, row: MethodRow, watch: Watch) -> Drawing:
+        steps: list[Any] = []  # decoded after the drawing, so that `seconds` stays the method's own
+
+        def on_step(info: Any) -> None:
+            if watch.stop():
+                raise Stopped
+            if watch.trail:
+                steps.append(info)
+            watch.progress(Progress(info.index + 1, info.total))
+
+        panel = self._painter()(self._backbone, request, row, on_step=on_step)
+        return Drawing(panel, tuple(_decoded(steps, watch)))
+
+    def _painter(self) -> Callable[..., Panel]:
+        if self._draw is None:
+            from hypersd import generate
+
+            self._draw = generate.draw
+        return self._draw
+
+
+def _decoded(steps: Sequence[Any], watch: Watch) -> Iterator[bytes]:
+    for info in steps:
+        if watch.stop():
+            raise Stopped
+        yield info.pixels()[0].numpy().tobytes()
+
+
+class _Turn:
+    """A lock that can be waited for and given up: `with _Turn(lock, stop)` raises Stopped once `stop()` is true."""
+
+    def __init__(self, lock: threading.Lock, stop: Callable[[], bool]) -> None:
+        self.lock, self.stop = lock, stop
+
+    def __enter__(self) -> None:
+        while not self.lock.acquire(timeout=0.05):
+            if self.stop():
+                raise Stopped
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+class Shelf:
+    """Finished drawings by key, the least recently used thrown out when they take more than `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._kept: OrderedDict[str, Drawing] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Drawing | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def put(self, key: str, drawing: Drawing) -> None:
+        with self._lock:
+            self._kept[key] = drawing
+            self._kept.move_to_end(key)
+            while self._kept and sum(d.size for d in self._kept.values()) > self.room:
+                self._kept.popitem(last=False)
+
+
+# One comparison: several cells, drawn one after the other, told as they come
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One panel of a comparison before it is drawn; `problem` says why this method cannot draw this request."""
+
+    request: Request
+    method: str
+    title: str
+    reference: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class News:
+    """Something happened to cell number `cell`: a step was made, it is finished, or it cannot be."""
+
+    cell: int
+    progress: Progress | None = None
+    drawing: Drawing | None = None
+    problem: str = ""
+
+
+def plan(
+    request: Request, names: Sequence[str], methods: Mapping[str, MethodRow], reference: tuple[str, int] | None = None
+) -> list[Cell]:
+    """The cells of a comparison, in the table's order, the reference (method, steps) last and never twice.
+
+    Raises:
+        InputError: no method is chosen, or one that is not in the table.
+    """
+    unknown = [str(name)[:40] for name in names if name not in methods]
+    if unknown:
+        raise InputError(f"there is no method {unknown[0]!r}; choose from {', '.join(methods)}")
+    cells = [_cell(request, methods[name]) for name in methods if name in names]
+    if reference:
+        same = [i for i, cell in enumerate(cells) if (cell.method, cell.request.steps) == reference]
+        again = _cell(replace(request, steps=reference[1], eta=None), methods[reference[0]])
+        cells = [cell for i, cell in enumerate(cells) if i not in same] + [replace(again, reference=True)]
+    if not cells:
+        raise InputError("no method is chosen; tick at least one")
+    return cells
+
+
+def _cell(request: Request, row: MethodRow) -> Cell:
+    try:
+        row.check(request)
+    except InputError as problem:
+        return Cell(request, row.name, row.title, problem=str(problem))
+    return Cell(request, row.name, row.title)
+
+
+async def stream(
+    cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.1
+) -> AsyncIterator[list[News]]:
+    """Draw the cells in order and tell the news, gathered for `beat` seconds; an empty list after a quiet second.
+
+    The drawing happens in a thread of its own, the waiting here costs none. Closing or cancelling this iterator, for
+    whatever reason, ends the drawing at its next step.
+    """
+    loop = asyncio.get_running_loop()
+    post: asyncio.Queue[News | None] = asyncio.Queue()
+    stop = threading.Event()
+
+    def tell(item: News | None) -> None:
+        try:
+            loop.call_soon_threadsafe(post.put_nowait, item)
+        except RuntimeError:  # the server is gone, so nobody listens
+            stop.set()
+
+    threading.Thread(target=_work, args=(cells, draw, trail, tell, stop), name="comparison", daemon=True).start()
+    over = False
+    try:
+        while not over:
+            news, over = await _collect(post, beat)
+            yield news
+    finally:
+        stop.set()
+
+
+async def _collect(post: asyncio.Queue[News | None], beat: float) -> tuple[list[News], bool]:
+    """The news of one beat, cut short by a finished picture, which nobody should wait for; and whether that was all."""
+    news: list[News] = []
+    try:
+        async with asyncio.timeout(1) as patience:
+            while item := await post.get():
+                news.append(item)
+                if item.drawing or item.problem:
+                    return news, False
+                if len(news) == 1:
+                    patience.reschedule(asyncio.get_running_loop().time() + beat)
+            return news, True
+    except TimeoutError:
+        return news, False
+
+
+def _work(
+    cells: Sequence[Cell], draw: Draw, trail: bool, tell: Callable[[News | None], None], stop: threading.Event
+) -> None:
+    try:
+        for number, cell in enumerate(cells):
+            if not cell.problem and not stop.is_set():
+                tell(_draw_one(number, cell, draw, trail, tell, stop))
+    except Stopped:
+        pass
+    finally:
+        tell(None)
+
+
+def _draw_one(
+    number: int, cell: Cell, draw: Draw, trail: bool, tell: Callable[[News | None], None], stop: threading.Event
+) -> News:
+    def progress(made: Progress) -> None:
+        tell(News(number, progress=made))
+
+    try:
+        return News(number, drawing=draw(cell.request, cell.method, Watch(progress, stop.is_set, trail)))
+    except InputError as problem:
+        return News(number, problem=str(problem))
+    except Stopped:
+        raise
+    except Exception:
+        log.exception("%s failed", cell.method)
+        return News(number, problem=BROKEN)

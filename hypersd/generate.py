@@ -1,0 +1,130 @@
+"""Request -> Panel: the only sampling loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypersd import __version__
+from hypersd.backbone import Backbone, ModelError
+from hypersd.methods import Method
+from hypersd.records import Panel, Request
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """A step that has just been taken: `index` of `total` counted from 0, and the clean latent it estimated.
+
+    `x0` is [1, c, h, w] float32; `pixels()` decodes it, uint8 [1, height, width, 3], only if called.
+    """
+
+    index: int
+    total: int
+    timestep: int
+    x0: Tensor = field(repr=False)
+    decode: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def pixels(self) -> Tensor:
+        return self.decode(self.x0)
+
+
+class Latents(NamedTuple):
+    """Where a drawing ended: clean latents [1, c, h, w], hash of the noise it began with, network passes it took."""
+
+    x: Tensor
+    noise_sha256: str
+    nfe: int
+
+
+def draw(
+    backbone: Backbone, request: Request, method: Method, *, on_step: Callable[[StepInfo], None] | None = None
+) -> Panel:
+    """One picture. The same request gives the same pixels every time on the same machine.
+
+    `on_step` is called after every step; whatever it raises ends the drawing and reaches the caller.
+
+    Raises:
+        InputError: the method was not made for so many steps.
+        ModelError: the weights are damaged.
+    """
+    method.check(request)
+    base_sha256 = backbone.sha256  # hashed once per model, outside the time that is reported
+    started = time.perf_counter()
+    with torch.inference_mode():
+        latents = denoise(backbone, request, method, on_step=on_step)
+        if not latents.x.isfinite().all():
+            raise ModelError(
+                f"{backbone.name}: the network answered with numbers that are not finite; "
+                "its weights are damaged, copy the model's folder again from where it came"
+            )
+        pixels = backbone.decode(latents.x)[0]
+    seconds = time.perf_counter() - started
+    return Panel(
+        pixels=pixels.numpy().tobytes(),
+        width=pixels.shape[1],
+        height=pixels.shape[0],
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        seed=request.seed,
+        noise_sha256=latents.noise_sha256,
+        backbone=backbone.name,
+        base_sha256=base_sha256,
+        method=method.name,
+        adapter_sha256=None,
+        sampler=method.sampler,
+        steps=request.steps,
+        nfe=latents.nfe,
+        guidance=_guidance(request, method),
+        eta=_eta(request, method),
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        seconds=seconds,
+        version=__version__,
+    )
+
+
+def denoise(
+    backbone: Backbone, request: Request, method: Method, *, on_step: Callable[[StepInfo], None] | None = None
+) -> Latents:
+    """From the request's noise to clean latents. Differentiable; `draw` wraps it in inference mode.
+
+    Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes.
+    """
+    schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
+    guided = g > 1
+    states = backbone.embed([request.negative_prompt, request.prompt] if guided else [request.prompt])
+    x_t, noise_sha256 = backbone.noise(request.seed)
+    fresh_noise = _noise_after(x_t, request.seed)
+    nfe = 0
+    jumps = schedule.jumps(request.steps, method.spacing)
+    for index, (t, s) in enumerate(jumps):
+        network_input = torch.cat([x_t, x_t]) if guided else x_t
+        output = backbone.predict(network_input, t, states)
+        nfe += len(network_input)
+        if guided:  # arXiv:2207.12598, eq. 6
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + g * (conditional - unconditional)
+        x0, eps = schedule.split(output, x_t, t)
+        x_t = method.step(schedule, x_t, x0, eps, t, s, eta, fresh_noise)
+        if on_step is not None:
+            on_step(StepInfo(index, len(jumps), t, x0, backbone.decode))
+    return Latents(x_t, noise_sha256, nfe)
+
+
+def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
+    """Further noise from the seed's own stream, after the initial latent, as a diffusers pipeline draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn(x_t.shape, generator=generator)
+    return lambda: torch.randn(x_t.shape, generator=generator).to(x_t.device)
+
+
+def _guidance(request: Request, method: Method) -> float:
+    return method.guidance if request.guidance is None else request.guidance
+
+
+def _eta(request: Request, method: Method) -> float:
+    return method.eta if request.eta is None else request.eta

@@ -1,0 +1,157 @@
+"""The nouns that travel: a Request goes in, a Panel comes out. Frozen, standard library only.
+
+A `Request` is what a person asked for and is the same for every method; a `Panel` is one answer to it: the pixels
+and everything needed to draw them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PROMPT_CHARACTERS = 500
+SEED_MAX = 2**32 - 1
+STEPS_MAX = 1000  # no schedule here has more timesteps; each method allows fewer
+
+
+class Problem(Exception):
+    """Something a person can mend. The message is a whole sentence, shown as it is at every edge, never a traceback."""
+
+
+class InputError(Problem, ValueError):
+    """Something a person typed cannot be used. The message says what came, what is allowed and what to type."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to every method: the prompt, the seed of the shared noise and the number of network steps.
+
+    `guidance` is the classifier-free guidance scale g in eps_unc + g (eps_cond - eps_unc); g <= 1 costs one network
+    call a step, more costs two. `guidance` and `eta` of None mean "what the method was made for".
+
+    Raises:
+        InputError: a field is not of its type or out of its range.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int = 25
+    guidance: float | None = None
+    eta: float | None = None
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", clean_prompt(self.prompt))
+        object.__setattr__(self, "negative_prompt", clean_prompt(self.negative_prompt, "negative prompt", empty=True))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", 0, SEED_MAX))
+        object.__setattr__(self, "steps", whole_number(self.steps, "steps", 1, STEPS_MAX))
+        if self.guidance is not None:
+            object.__setattr__(self, "guidance", real_number(self.guidance, "guidance", 0.0, 30.0))
+        if self.eta is not None:
+            object.__setattr__(self, "eta", real_number(self.eta, "eta", 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture with its provenance: enough to draw the same pixels again, and to say what they cost.
+
+    `pixels` are width x height x 3 bytes, RGB, row by row. `nfe` counts network forward passes per picture (two a
+    step under guidance), `seconds` is wall time from request to pixels with the model already in memory.
+    """
+
+    pixels: bytes
+    width: int
+    height: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    noise_sha256: str
+    backbone: str
+    base_sha256: str
+    method: str
+    adapter_sha256: str | None
+    sampler: str
+    steps: int
+    nfe: int
+    guidance: float
+    eta: float
+    dtype: str
+    seconds: float
+    version: str
+
+    @property
+    def pixels_sha256(self) -> str:
+        return hashlib.sha256(self.pixels).hexdigest()
+
+    def provenance(self) -> dict[str, Any]:
+        """Every field but the pixels, which are named by their hash; what goes into a PNG's text chunk."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pixels"}
+        return {**kept, "pixels_sha256": self.pixels_sha256}
+
+    def __repr__(self) -> str:
+        return f"Panel({self.method}, {self.steps} steps, {self.nfe} NFE, {self.seconds:.2f} s, {self.prompt!r})"
+
+
+def digest(record: Request) -> str:
+    """sha256 of a record's canonical JSON: equal questions have equal digests on every machine."""
+    return hashlib.sha256(json.dumps(asdict(record), sort_keys=True).encode()).hexdigest()
+
+
+def clean_prompt(text: object, name: str = "prompt", *, empty: bool = False) -> str:
+    """NFC, whitespace folded to single spaces; InputError for anything a text encoder cannot read."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be text, got {type(text).__name__}; type a few words such as 'a happy cat'")
+    if len(text) > 4 * PROMPT_CHARACTERS:  # far too long: not worth normalising
+        raise InputError(_too_long(text, name))
+    if any(unicodedata.category(c) == "Cs" for c in text):
+        raise InputError(f"{name} holds half a surrogate pair, which is not text; paste it again as plain text")
+    kept = "".join(c if unicodedata.category(c) != "Cc" else " " for c in text)
+    folded = " ".join(unicodedata.normalize("NFC", kept).split())
+    if not folded and not empty:
+        raise InputError(f"{name} is empty; type a few words such as 'a happy cat'")
+    if len(folded) > PROMPT_CHARACTERS:
+        raise InputError(_too_long(folded, name))
+    return folded
+
+
+def _too_long(text: str, name: str) -> str:
+    return f"{name} has {len(text):,} characters, at most {PROMPT_CHARACTERS} are allowed; shorten it"
+
+
+def whole_number(value: object, name: str, low: int, high: int) -> int:
+    """`value` as an int in [low, high]; accepts 4, 4.0 and "4", since sliders and shells send those."""
+    number = _number(value)
+    if number is None or not low <= number <= high or number != int(number):
+        raise InputError(f"{name} must be a whole number from {low} to {high:,}, got {_shown(value)}")
+    return int(number)
+
+
+def real_number(value: object, name: str, low: float, high: float) -> float:
+    """`value` as a float in [low, high]."""
+    number = _number(value)
+    if number is None or not low <= number <= high:
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}")
+    return float(number)
+
+
+def _number(value: object) -> int | float | None:
+    """A number as it is, text as the number it spells, None for everything else. May be infinite or not a number,
+    which no comparison with a range survives."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 10**15:
+        return f"a number of {len(format(value, 'x')) * 4} bits"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,186 @@
+"""The noise schedule: how much signal and noise a latent holds at each timestep, and which timesteps a drawing visits.
+
+Glossary, the same symbols in the whole package:
+
+    T                number of timesteps, 1000; t runs from T - 1 (all but noise) to 0 (all but clean)
+    beta_t           share of variance replaced by noise between t - 1 and t
+    alphas_cumprod   abar_t = prod_{i <= t} (1 - beta_i), named as in diffusers
+    alpha, sigma     sqrt(abar_t) and sqrt(1 - abar_t): x_t = alpha x_0 + sigma eps (DDPM, arXiv:2006.11239, eq. 4)
+    x_t              a noisy latent at t; x_s the same picture at the less noisy s < t
+    x0, eps          the estimates of the clean latent and of the noise that the network's output stands for
+    v                alpha eps - sigma x0, the velocity (arXiv:2202.00512, appendix D)
+    s                where a step lands: the next timestep of the grid, after the last one FINAL
+    n                network steps of a drawing
+    g                guidance scale: eps_unc + g (eps_cond - eps_unc) (arXiv:2207.12598, eq. 6 with w = g - 1)
+    eta              share of fresh noise in a step: 0 none, 1 all the sampler knows (gamma in TCD)
+
+Networks answer with eps, v or x0; `Schedule.split` turns each into (x0, eps) in float32, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypersd.records import InputError, whole_number
+
+FINAL = -1  # the place after timestep 0 where a drawing ends
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+class Level(NamedTuple):
+    """Signal and noise of x_t = alpha x_0 + sigma eps, float32, shaped [] or [batch, 1, 1, 1]."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The variance-preserving schedule of one base model.
+
+    `alphas_cumprod` is [T], float32. `final_alpha_cumprod` is abar at FINAL: 1 when the scheduler's set_alpha_to_one
+    is true, else alphas_cumprod[0], so that the last step stops where training's least noisy picture was.
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float
+    prediction: str = "epsilon"
+    spacing: str = "leading"
+    steps_offset: int = 0
+    _abar: Tensor = field(init=False, repr=False)  # [T + 1]: alphas_cumprod, then the value at FINAL
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise InputError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        _check_spacing(self.spacing)
+        # FINAL is -1, so the table's last entry is where an index of FINAL looks, in a batch of timesteps too.
+        final = torch.tensor([self.final_alpha_cumprod])
+        object.__setattr__(self, "_abar", torch.cat([self.alphas_cumprod.float(), final]))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """Read a diffusers `scheduler_config.json` (DDIM, PNDM, Euler, ... of the Stable Diffusion family).
+
+        Raises:
+            InputError: the config asks for something that would change pictures and is not supported here.
+        """
+        ddim = config.get("_class_name") == "DDIMScheduler"
+        for option, default in (("clip_sample", ddim), ("thresholding", False), ("rescale_betas_zero_snr", False)):
+            if config.get(option, default):
+                raise InputError(f"scheduler option {option} is not supported for latents; set it to false")
+        alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+        to_one = config.get("set_alpha_to_one", ddim)
+        return cls(
+            alphas_cumprod=alphas_cumprod,
+            final_alpha_cumprod=1.0 if to_one else float(alphas_cumprod[0]),
+            prediction=config.get("prediction_type", "epsilon"),
+            spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
+        """The n timesteps a drawing visits, noisiest first (arXiv:2305.08891, table 2), equal to DDIMScheduler's.
+
+        "trailing" starts at T - 1, where a latent really is noise; "leading" stops `steps_offset` short of 0 and
+        starts too low; "linspace" holds both ends. For some n (61, 103, 121, ...) a rounding error makes diffusers
+        add a timestep of -1 to its trailing grid; here n stays n.
+        """
+        total = len(self)
+        steps = whole_number(steps, "steps", 1, total)
+        spacing = self.spacing if spacing is None else spacing
+        _check_spacing(spacing)
+        grid: np.ndarray
+        if spacing == "linspace":
+            grid = np.linspace(0, total - 1, steps).round()[::-1]
+        elif spacing == "leading":
+            grid = np.arange(steps)[::-1] * (total // steps) + self.steps_offset
+            if grid[0] >= total:
+                raise InputError(f"leading spacing holds no {steps} steps; choose fewer or trailing spacing")
+        else:
+            # numpy's floats and not exact fractions: halves must round as they do in diffusers
+            grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+        return [int(t) for t in grid]
+
+    def jumps(self, steps: int, spacing: str | None = None) -> list[tuple[int, int]]:
+        """(t, s) of every step: each lands where the next one starts, the last at FINAL.
+
+        diffusers' DDIMScheduler lands at t - T // n instead. That is the same place when n divides T; otherwise it
+        is up to one timestep off its own grid at each step, and the network is told a wrong noise level.
+        """
+        grid = self.timesteps(steps, spacing)
+        return list(zip(grid, [*grid[1:], FINAL], strict=True))
+
+    def level(self, t: int | Tensor) -> Level:
+        """Signal and noise at `t`, an int (0-d result) or an integer tensor [batch] (result [batch, 1, 1, 1])."""
+        if isinstance(t, Tensor):
+            abar = self._abar.to(t.device)[t]
+            abar = abar.reshape(-1, 1, 1, 1) if t.ndim else abar
+        elif FINAL <= t < len(self):
+            abar = self._abar[t]
+        else:
+            raise IndexError(f"timestep must be from {FINAL} to {len(self) - 1}, got {t}")
+        return Level(abar**0.5, (1 - abar) ** 0.5)
+
+    def diffuse(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """x_t from a clean latent and noise, both [batch, c, h, w] (DDPM, eq. 4)."""
+        alpha, sigma = self.level(t)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        """What a perfect network would answer for x_t = diffuse(x0, eps, t), in this schedule's prediction type."""
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "sample":
+            return x0
+        alpha, sigma = self.level(t)
+        return alpha * eps - sigma * x0
+
+    def split(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) in float32 from a network's output at x_t, all [batch, c, h, w].
+
+        float32 because at t = T - 1 x0 is eps divided by alpha = 0.07: half precision loses its digits there.
+        """
+        alpha, sigma = self.level(t)
+        output, x_t = output.float(), x_t.float()
+        if self.prediction == "epsilon":
+            return (x_t - sigma * output) / alpha, output
+        if self.prediction == "sample":
+            return output, (x_t - alpha * output) / sigma
+        return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """[T] float32, computed as diffusers computes them, so that no bit differs."""
+    total = config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+    if kind == "linear":
+        return torch.linspace(start, end, total, dtype=torch.float32)
+    if kind == "scaled_linear":  # latent diffusion: linear in sqrt(beta)
+        return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32) ** 2
+    if kind == "squaredcos_cap_v2":  # improved DDPM, arXiv:2102.09672, eq. 17, beta capped at 0.999
+        ratios = [_squared_cosine((i + 1) / total) / _squared_cosine(i / total) for i in range(total)]
+        return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float32)
+    raise InputError(f"beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, got {kind!r}")
+
+
+def _squared_cosine(u: float) -> float:
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _check_spacing(spacing: str) -> None:
+    if spacing not in SPACINGS:
+        raise InputError(f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")

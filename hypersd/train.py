@@ -1,0 +1,334 @@
+"""The one training loop: optimise, clip, average, log, checkpoint, resume.
+
+An `Objective` says what is trained and what the losses are; nothing in this file knows which. All randomness is a pure
+function of (seed, step, stream), so a run that was killed and resumed is the run that was never killed, bit for bit
+on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hypersd import checkpoint
+from hypersd.records import Problem
+
+_EXTENDABLE = {"updates", "cooldown"}  # they lie ahead; a change of anything else would belie what was done
+
+
+class Diverged(Problem, ArithmeticError):
+    """The loss or its gradient is not finite. The last checkpoint is good; lower the learning rate or clip harder."""
+
+
+class RecipeChanged(Problem, ValueError):
+    """The run folder was started with another recipe; the message names what differs."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise. The rate rises over `warmup` updates, stays, and falls to zero over the last `cooldown`."""
+
+    updates: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    cooldown: int = 0
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    clip: float = 1.0
+    seed: int = 0
+    precision: str = "fp32"  # fp32 | bf16: the network's arithmetic; weights, losses and averages stay fp32
+
+    def rate(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 0."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        falling = min(1.0, (self.updates - step) / self.cooldown) if self.cooldown else 1.0
+        return self.lr * rising * falling
+
+
+class Step:
+    """One update's place in the run: which data, which random numbers."""
+
+    def __init__(self, index: int, recipe: Recipe) -> None:
+        self.index, self.recipe = index, recipe
+
+    def generator(self, stream: str) -> torch.Generator:
+        """A fresh CPU generator for this (seed, step, stream)."""
+        key = hashlib.sha256(f"{self.recipe.seed} {self.index} {stream}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+
+    def rows(self, count: int) -> Tensor:
+        """The next `batch` row numbers out of `count`; every row once an epoch, epochs shuffled anew. int64 [batch]"""
+        first = self.index * self.recipe.batch
+        places = range(first, first + self.recipe.batch)
+        return torch.stack([_shuffled(self.recipe.seed, place // count, count)[place % count] for place in places])
+
+
+@lru_cache(maxsize=4)
+def _shuffled(seed: int, epoch: int, count: int) -> Tensor:
+    key = hashlib.sha256(f"{seed} epoch {epoch}".encode()).digest()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1))
+
+
+class Objective(Protocol):
+    """What to train. `modules` are optimised and saved, each under its own optimizer, each with an average."""
+
+    def modules(self) -> dict[str, nn.Module]: ...
+
+    def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name of the module it trains, scalar loss), one after the other, for one update."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Everything besides the recipe that decides the result, as JSON: sizes, weights, the data's digest."""
+        ...
+
+    def sheet(self, folder: Path, step: int) -> dict[str, float]:
+        """Write samples drawn with the averaged weights to `folder`; returns measures for the log."""
+        ...
+
+
+class Run:
+    """An objective, a recipe and a folder. `advance` does the rest, as often as it is called."""
+
+    def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
+        self.objective, self.recipe, self.folder = objective, recipe, folder
+        self.networks = objective.modules()
+        self.optimizers = {
+            name: torch.optim.AdamW(_trainable(m), lr=recipe.lr, weight_decay=recipe.weight_decay)
+            for name, m in self.networks.items()
+        }
+        self.average = {
+            name: {k: v.detach().clone() for k, v in m.state_dict().items()} for name, m in self.networks.items()
+        }
+        self.step = 0
+        self.log: list[dict[str, float]] = []
+        self._resume()
+
+    # ------------------------------------------------------------------------------------------- one update
+
+    def update(self) -> dict[str, float]:
+        """One optimizer step per yielded loss, then the averages; returns the losses and gradient norms."""
+        rate, entry = self.recipe.rate(self.step), {"step": float(self.step)}
+        for name, loss in self.objective.losses(Step(self.step, self.recipe)):
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)  # all of them: one player's loss may not leak into another
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(_trainable(self.networks[name]), self.recipe.clip)
+            value = entry[name] = float(loss.detach())
+            length = entry[f"{name}/norm"] = float(norm)
+            if not math.isfinite(value + length):
+                raise Diverged(
+                    f"update {self.step}: {name} loss {value:g}, gradient norm {length:g}; the last good "
+                    f"checkpoint in {self.folder} stands, resume with a lower learning rate"
+                )
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = rate
+            self.optimizers[name].step()
+        self._move_average()
+        self.step += 1
+        return entry
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """Exponential moving average with a short memory at first, so that the start is forgotten."""
+        keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        for name, network in self.networks.items():
+            new = network.state_dict()
+            floats = [k for k, v in new.items() if v.is_floating_point()]
+            torch._foreach_lerp_([self.average[name][k] for k in floats], [new[k] for k in floats], 1 - keep)
+            for key in new.keys() - set(floats):
+                self.average[name][key].copy_(new[key])
+
+    # --------------------------------------------------------------------------------------------- the loop
+
+    def advance(self, *, minutes: float | None = None, save_every: float = 3.0, sheet_every: float = 10.0) -> bool:
+        """Train until the recipe is done (True) or time is up or a signal came (False); always ends on a checkpoint.
+
+        `minutes`, `save_every` and `sheet_every` are wall-clock minutes and never change the result.
+        """
+        started = saved = drawn = time.monotonic()
+        with (
+            _Signals() as signals,
+            tqdm(
+                total=self.recipe.updates,
+                initial=self.step,
+                unit="update",
+                desc=self.folder.name,
+                dynamic_ncols=True,
+                mininterval=2.0,
+            ) as bar,
+        ):
+            while self.step < self.recipe.updates and not signals.came:
+                entry = self.update()
+                self.log.append(entry)
+                bar.update()
+                now = time.monotonic()
+                if self.step % 50 == 0:
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in self._recent(50).items()})
+                if now - drawn > 60 * sheet_every:
+                    self.draw()
+                    drawn = time.monotonic()
+                if now - saved > 60 * save_every:
+                    self.save()
+                    saved = time.monotonic()
+                if minutes is not None and now - started > 60 * minutes:
+                    break
+            self.save()
+        self.draw()
+        return self.step >= self.recipe.updates
+
+    def draw(self) -> dict[str, float]:
+        """The sample sheet and the loss curve; the objective's measures go to measures.jsonl."""
+        with self.averaged():
+            measures = self.objective.sheet(self.folder, self.step)
+        with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **measures}) + "\n")
+        plot(self.log, self.folder / "loss.png")
+        tqdm.write(f"{self.folder.name} {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
+        return measures
+
+    def averaged(self) -> _Averaged:
+        """Context in which the networks hold their averages and are in eval mode."""
+        return _Averaged(self.networks, self.average)
+
+    def _recent(self, count: int) -> dict[str, float]:
+        tail = self.log[-count:]
+        return {n: sum(e[n] for e in tail if n in e) / max(1, sum(n in e for e in tail)) for n in self.networks}
+
+    # ------------------------------------------------------------------------------------- saving, resuming
+
+    def save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, network in self.networks.items():
+            tensors |= dict(checkpoint.flatten(f"network/{name}", network.state_dict()))
+            tensors |= dict(checkpoint.flatten(f"average/{name}", self.average[name]))
+            moments = self.optimizers[name].state_dict()["state"]
+            tensors |= dict(checkpoint.flatten(f"optimizer/{name}", {str(k): v for k, v in moments.items()}))
+        state = {
+            "recipe": asdict(self.recipe),
+            "objective": self.objective.describe(),
+            "log": self.log,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+
+    def _resume(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.latest(self.folder / "checkpoints", tqdm.write)
+        if found is None:
+            return
+        self._same_recipe(found.state)
+        tree = _unflatten(found.tensors)
+        for name, network in self.networks.items():
+            network.load_state_dict(tree["network"][name])
+            self.average[name] = tree["average"][name]
+            layout = self.optimizers[name].state_dict()
+            layout["state"] = {int(k): v for k, v in tree.get("optimizer", {}).get(name, {}).items()}
+            self.optimizers[name].load_state_dict(layout)
+        self.step, self.log = found.step, found.state["log"]
+        if found.state["threads"] != torch.get_num_threads():
+            tqdm.write(
+                f"note: {self.folder.name} ran on {found.state['threads']} threads and resumes on "
+                f"{torch.get_num_threads()}; the last bits will differ from an unbroken run"
+            )
+        tqdm.write(f"{self.folder.name}: resumed at update {self.step} of {self.recipe.updates}")
+
+    def _same_recipe(self, state: dict[str, Any]) -> None:
+        now = {**asdict(self.recipe), **json.loads(json.dumps(self.objective.describe()))}
+        then = {**state["recipe"], **state["objective"]}
+        differs = [
+            f"{k}: {then.get(k)} then, {now.get(k)} now"
+            for k in sorted(now.keys() | then.keys())
+            if now.get(k) != then.get(k) and k not in _EXTENDABLE
+        ]
+        if differs:
+            raise RecipeChanged(
+                f"{self.folder} was started with another recipe ({'; '.join(differs)[:300]}); "
+                f"go back to it, or delete the folder to start anew"
+            )
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _unflatten(flat: dict[str, Tensor]) -> dict[str, Any]:
+    """Undo `checkpoint.flatten`: three levels by slash, parameter names below keep their dots."""
+    tree: dict[str, Any] = {}
+    for name, tensor in flat.items():
+        *path, leaf = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = tensor
+    return tree
+
+
+class _Averaged:
+    def __init__(self, networks: dict[str, nn.Module], average: dict[str, dict[str, Tensor]]) -> None:
+        self.networks, self.average = networks, average
+
+    def __enter__(self) -> None:
+        self.live = {n: {k: v.detach().clone() for k, v in m.state_dict().items()} for n, m in self.networks.items()}
+        for name, network in self.networks.items():
+            network.load_state_dict(self.average[name])
+            network.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for name, network in self.networks.items():
+            network.load_state_dict(self.live[name])
+            network.train()
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM finish the update under way, save, and end; a second Ctrl-C ends at once."""
+
+    def __enter__(self) -> _Signals:
+        self.came = False
+        try:
+            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: whoever runs us there stops us by `minutes`
+            self.old = {}
+        return self
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.came:
+            os._exit(128 + number)
+        self.came = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def plot(log: list[dict[str, float]], path: Path) -> None:
+    """The losses of a run, smoothed over 1 % of it, as a PNG."""
+    from matplotlib.figure import Figure  # only training plots
+
+    names = sorted({k for e in log[:5] + log[-5:] for k in e if k != "step" and "/" not in k})
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        steps, values = zip(*((e["step"], e[name]) for e in log if name in e), strict=True)
+        width = max(1, len(values) // 100)
+        smooth = [sum(values[i : i + width]) / width for i in range(0, len(values) - width + 1, width)]
+        axes.plot([steps[min(i * width, len(steps) - 1)] for i in range(len(smooth))], smooth, label=name)
+    axes.set(xlabel="update", ylabel="loss", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

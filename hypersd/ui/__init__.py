@@ -1,0 +1,105 @@
+"""The screens. No logic lives here: pictures come from the `draw` that is handed in.
+
+ui.serve(ui.build(engine, METHODS))
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from hypersd.engine import Draw, MethodRow
+from hypersd.ui import api, compare
+
+HERE = Path(__file__).parent
+CREDITS = HERE.parents[1] / "assets" / "CREDITS.md"
+FONTS = ["-apple-system", "BlinkMacSystemFont", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+MONO = ["ui-monospace", "SF Mono", "Cascadia Code", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+QUEUE: dict[str, Any] = {"max_size": 32, "default_concurrency_limit": 1, "api_open": False}
+LAUNCH: dict[str, Any] = {
+    "max_file_size": "1mb",  # nothing is uploaded here
+    "allowed_paths": [],
+    "strict_cors": True,
+    "show_error": False,  # what a visitor should read is said by the app itself
+    "enable_monitoring": False,
+    "run_history": False,
+    "ssr_mode": False,
+    "mcp_server": False,
+    "state_session_capacity": 2000,
+    "footer_links": [],
+}
+
+
+def build(
+    draw: Draw,
+    methods: Mapping[str, MethodRow],
+    *,
+    reference: tuple[str, int] = ("base", 25),
+    credits: str | None = None,
+) -> gr.Blocks:
+    """The app, not yet served. Nothing is drawn or loaded by building it.
+
+    Args:
+        draw: paints one panel; an `engine.Engine`, or a fake one in tests.
+        methods: the rows to offer, in the order of their panels.
+        reference: method and step count that every panel is held against.
+        credits: Markdown for the footer; None reads assets/CREDITS.md if there is one.
+    """
+    with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
+        gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
+        screen = compare.Screen(draw, methods, reference)
+        compare.build(demo, screen)
+        api.add(screen)
+        gr.HTML(_footer(_credits() if credits is None else credits), elem_id="hs-footer", apply_default_css=False)
+    return demo
+
+
+def serve(demo: gr.Blocks, **more: Any) -> tuple[Any, str, str]:
+    """Launch with the settings that a public page wants; `more` are further arguments of `launch`."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    demo.queue(**QUEUE)
+    settings = {**LAUNCH, "theme": _theme(), "head": _head(), **more}
+    app, local, share = demo.launch(**settings)
+    return app, local, share
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _head() -> str:
+    scripts = "".join(f"<script>\n{_read(name)}\n</script>" for name in ("page.js", "viewer.js"))
+    # Not as launch(css=...): that puts each rule under the page's content, and ours look at the body as well.
+    return f"<style>\n{_read('style.css')}\n</style>{scripts}"
+
+
+def _theme() -> gr.themes.Base:
+    # Fonts of the reader's own system: nothing is fetched.
+    sans, mono = ([gr.themes.Font(name) for name in names] for names in (FONTS, MONO))
+    return gr.themes.Base(primary_hue="indigo", neutral_hue="stone", font=sans, font_mono=mono)
+
+
+def _credits() -> str:
+    return CREDITS.read_text(encoding="utf-8") if CREDITS.is_file() else ""
+
+
+def _footer(credits: str) -> str:
+    """The credits behind a fold, their links as links; everything else of their Markdown stays plain text."""
+    about = "Every panel starts from the same noise. Times are wall time on this machine, with the weights in memory."
+    if not credits.strip():
+        return f"<p>{about}</p>"
+    lines = [re.sub(r"^[#*\-|\s]+|[|\s]+$", "", line) for line in credits.splitlines()]
+    items = "".join(f"<li>{_linked(line)}</li>" for line in lines if re.search(r"\w", line))
+    return f"<p>{about}</p><details><summary>Artwork and licences</summary><ul>{items}</ul></details>"
+
+
+def _linked(text: str) -> str:
+    safe = html.escape(text)
+    return re.sub(r"https?://[^\s)\]|&<>]+", lambda m: f'<a href="{m[0]}" rel="noopener">{m[0]}</a>', safe)

@@ -1,0 +1,259 @@
+"""The first screen: one prompt and one noise, drawn by every method side by side."""
+
+from __future__ import annotations
+
+import html
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+import gradio as gr
+
+from hypersd.engine import Draw, MethodRow, plan, stream
+from hypersd.records import InputError, Panel, Request
+from hypersd.ui import prompts
+from hypersd.ui.board import Board, State, permalink, sheet, thumbnail
+
+QUICK_STEPS = (1, 2, 4, 8, 25)
+HISTORY_LENGTH = 24
+FORGOTTEN = "There is no picture to put on a sheet yet; press Compare first."
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What the screen needs to know; `reference` is the (method, steps) every panel is held against."""
+
+    draw: Draw
+    methods: Mapping[str, MethodRow]
+    reference: tuple[str, int]
+
+
+def build(demo: gr.Blocks, screen: Screen) -> None:
+    """Lay the screen out inside the open Blocks `demo` and wire it."""
+    past = gr.BrowserState([], storage_key="hypersd-history", secret="hypersd-history")
+    panels = gr.State([])
+    fields = _form(screen)
+    notice = gr.HTML("", elem_id="hs-notice")
+    viewer = gr.HTML({}, html_template=VIEWER_HTML, js_on_load=VIEWER_JS, elem_id="hs-viewer", apply_default_css=False)
+    parcel = gr.HTML({}, html_template="", js_on_load="watch('value', () => hypersd.save(props.value));")
+    with gr.Accordion("History of this browser", open=False, elem_id="hs-past"):
+        history = gr.HTML([], html_template="<div class='hs-past'></div>", js_on_load=HISTORY_JS)
+        forget = gr.Button("Forget all", size="sm", elem_id="hs-forget")
+    _wire_run(screen, fields, [notice, viewer, panels, past, history])
+    _wire_past(demo, screen, fields, past, history, forget)
+    viewer.sheet(parcel_of, panels, [notice, parcel], **QUIET)
+
+
+VIEWER_HTML = "<div class='hs-viewer'></div>"
+VIEWER_JS = """
+hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch, { sheet: () => trigger('sheet') });
+"""
+HISTORY_JS = """
+const draw = () => hypersd.past(element.querySelector('.hs-past'), props.value, (item) => trigger('select', item));
+watch('value', draw);
+draw();
+"""
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
+
+@dataclass(frozen=True)
+class Fields:
+    prompt: gr.Textbox
+    steps: gr.Number
+    quick: gr.Radio
+    seed: gr.Number
+    names: gr.CheckboxGroup
+    reference: gr.CheckboxGroup
+    guidance: gr.Number
+    negative: gr.Textbox
+    trail: gr.Checkbox
+    go: gr.Button
+    stop: gr.Button
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.prompt, self.seed, self.steps, self.names, self.reference, self.guidance, self.negative]
+
+
+def _form(screen: Screen) -> Fields:
+    with gr.Column(elem_id="hs-form"):
+        with gr.Row(elem_id="hs-ask"):
+            prompt = gr.Textbox(
+                prompts.EXAMPLES[0], label="Prompt", placeholder="Describe a small picture", max_lines=3, lines=1,
+                elem_id="hs-prompt", scale=8, autofocus=True,
+            )  # fmt: skip
+            dice = gr.Button("Surprise me", elem_id="hs-dice", scale=0, min_width=132)
+            go = gr.Button("Compare", variant="primary", elem_id="hs-go", scale=0, min_width=132)
+            stop = gr.Button("Stop", variant="stop", elem_id="hs-stop", scale=0, min_width=132)
+        gr.Examples(
+            [[text] for text in prompts.EXAMPLES], prompt, label="Try", elem_id="hs-examples",
+            cache_examples=False, api_visibility="private",
+        )  # fmt: skip
+        fields = _settings(screen, prompt, go, stop)
+    dice.click(lambda: prompts.surprise(secrets.randbelow(2**32)), None, prompt, **QUIET)
+    return fields
+
+
+def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button) -> Fields:
+    names, titles = list(screen.methods), [row.title for row in screen.methods.values()]
+    with gr.Row(elem_id="hs-settings"):
+        with gr.Row(elem_id="hs-steps-group"):
+            quick = gr.Radio([(str(n), n) for n in QUICK_STEPS], value=4, label="Steps", elem_id="hs-quick")
+            steps = gr.Number(4, label="Any number", precision=0, elem_id="hs-steps", min_width=84)
+        with gr.Row(elem_id="hs-seed-group"):
+            seed = gr.Number(1, label="Seed", precision=0, elem_id="hs-seed", min_width=120)
+            new_seed = gr.Button("New seed", elem_id="hs-new-seed", scale=0, min_width=96)
+        with gr.Row(elem_id="hs-methods-group"):
+            ticked = gr.CheckboxGroup(
+                list(zip(titles, names, strict=True)), value=names, label="Methods", elem_id="hs-methods",
+                visible=len(names) > 1,
+            )  # fmt: skip
+            title, count = screen.methods[screen.reference[0]].title, screen.reference[1]
+            reference = gr.CheckboxGroup(
+                [(f"{title}, {count} steps", "yes")], value=["yes"], label="Reference", elem_id="hs-reference"
+            )
+    with gr.Accordion("More", open=False, elem_id="hs-more"), gr.Row():
+        guidance = gr.Number(
+            None, label="Guidance", info="0 to 30; empty takes what each method was made for", elem_id="hs-guidance"
+        )
+        negative = gr.Textbox(
+            "", label="Negative prompt", info="What should not be there; counts with a guidance above 1",
+            elem_id="hs-negative", max_lines=2,
+        )  # fmt: skip
+        trail = gr.Checkbox(
+            False, label="Show every step", info="A strip under each panel of what the network had in mind",
+            elem_id="hs-trail",
+        )  # fmt: skip
+    pick = f"(n) => {list(QUICK_STEPS)}.includes(n) ? n : null"
+    quick.input(None, quick, steps, js="(n) => n", **QUIET)
+    steps.change(None, steps, quick, js=pick, **QUIET)
+    new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **QUIET)
+    return Fields(prompt, steps, quick, seed, ticked, reference, guidance, negative, trail, go, stop)
+
+
+def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
+    _, _, _, past, _ = outputs
+    run = gr.on(
+        [fields.go.click, fields.prompt.submit, fields.steps.submit, fields.seed.submit, fields.guidance.submit],
+        comparison(screen),
+        [*fields.inputs, fields.trail, past],
+        outputs,
+        js="(...given) => { hypersd.begin(); return given; }",
+        preprocess=False,  # whatever came goes to `Request`, where the sentences about wrong input are written
+        api_visibility="private",
+        show_progress="hidden",
+        concurrency_id="draw",
+        concurrency_limit=1,
+        trigger_mode="once",
+    )
+    run.then(None, js="() => hypersd.settle()", api_visibility="private")
+    fields.stop.click(None, cancels=[run], api_visibility="private", queue=False)
+
+
+def _wire_past(
+    demo: gr.Blocks, screen: Screen, fields: Fields, past: gr.BrowserState, history: gr.HTML, forget: gr.Button
+) -> None:
+    restored = [*fields.inputs, fields.quick]
+    known = list(screen.methods)
+
+    def from_address(page: gr.Request) -> list[Any]:
+        return restore(dict(page.query_params), known)
+
+    def from_history(event: gr.EventData) -> list[Any]:
+        return restore(dict(parse_qsl(str(event.link).lstrip("?"))), known)
+
+    opened = demo.load(from_address, None, restored, **QUIET)
+    opened.then(None, js="() => hypersd.opened()", api_visibility="private")
+    demo.load(lambda kept: kept, past, history, **QUIET)
+    chosen = history.select(from_history, None, restored, **QUIET)
+    chosen.then(None, js="() => hypersd.again()", api_visibility="private")
+    forget.click(lambda: ([], []), None, [past, history], **QUIET)
+
+
+def comparison(screen: Screen) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
+    """The function behind Compare, a generator; closing it ends the computation at the next network call."""
+
+    async def run(
+        prompt: Any, seed: Any, steps: Any, names: Any, reference: Any, guidance: Any, negative: Any, trail: Any,
+        past: Any,
+    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+        try:
+            request = Request(prompt, seed, steps, _or_none(guidance), negative_prompt=negative or "")
+            cells = plan(request, _names(names), screen.methods, screen.reference if reference else None)
+        except InputError as problem:
+            yield say(str(problem)), {"status": "refused"}, gr.skip(), gr.skip(), gr.skip()
+            return
+        board = Board(cells, permalink(request, _names(names), bool(reference)))
+        yield "", board.state, board.panels, gr.skip(), gr.skip()
+        async for _ in board.follow(stream(cells, screen.draw, trail=bool(trail))):
+            yield "", board.state, board.panels, gr.skip(), gr.skip()
+        board.finish()
+        kept = remember(past, request, board)
+        yield "", board.state, board.panels, kept, kept
+
+    return run
+
+
+def say(text: str) -> str:
+    """A calm sentence below the prompt; a screen reader says it too."""
+    return f"<p role='status'>{html.escape(text[:1].upper() + text[1:])}.</p>" if text else ""
+
+
+def remember(past: Any, request: Request, board: Board) -> list[State]:
+    """The history with this comparison in front, equal ones merged; what the browser sent is not trusted."""
+    if not board.panels:
+        return _entries(past)
+    entry = {
+        "link": board.link, "prompt": request.prompt, "seed": request.seed, "steps": request.steps,
+        "at": int(time.time()), "picture": thumbnail(board.panels[0]),
+    }  # fmt: skip
+    return [entry, *(old for old in _entries(past) if old.get("link") != board.link)][:HISTORY_LENGTH]
+
+
+def _entries(past: Any) -> list[State]:
+    return [item for item in past if isinstance(item, dict)] if isinstance(past, list) else []
+
+
+def _or_none(value: Any) -> Any:
+    return None if value == "" else value
+
+
+def _names(names: Any) -> Sequence[str]:
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return names
+    raise InputError("methods must be a list of names")
+
+
+def parcel_of(panels: Sequence[Panel]) -> tuple[str, State]:
+    """A contact sheet on its way to the browser's downloads, or a sentence when there is nothing to put on it."""
+    if not panels:
+        return say(FORGOTTEN), {}
+    return "", {"name": f"hypersd-seed-{panels[0].seed}.png", "src": sheet(panels), "nonce": secrets.token_hex(4)}
+
+
+def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:
+    """Values for the form from a permalink's query, `gr.skip()` for what it does not say or says wrongly."""
+    names = [name for name in known if name in query.get("methods", "").split(",")]
+    steps = _figure(query.get("steps"))
+    return [
+        query.get("prompt", gr.skip()),
+        _figure(query.get("seed")),
+        steps,
+        names or gr.skip(),
+        ([] if query["reference"] == "0" else ["yes"]) if "reference" in query else gr.skip(),
+        _figure(query.get("guidance")),
+        query.get("negative", gr.skip()),
+        steps if steps in QUICK_STEPS else gr.skip() if steps == gr.skip() else None,
+    ]
+
+
+def _figure(text: str | None) -> Any:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return gr.skip()
+    return int(number) if number.is_integer() else number if math.isfinite(number) else gr.skip()

@@ -1,0 +1,21 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hypersd.backbone import Backbone
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model on disk, v-prediction; not to be changed, copy it instead."""
+    return tiny.build(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder)

@@ -1,0 +1,328 @@
+"""The app with a painter instead of a model: what it answers, in which order, and how it is served."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import gradio as gr
+import pytest
+import requests
+from fake import METHODS, Painter, eventually, paint, served
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from hypersd import pictures, ui
+from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Panel, Request
+from hypersd.ui import prompts
+from hypersd.ui.board import distances, permalink
+from hypersd.ui.compare import Screen, comparison, remember, restore
+
+SKIPPED = gr.skip()
+# Gradio and its client leave event loops to the garbage collector, and its statistics use an old option of pandas.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:.*no_silent_downcasting"
+)
+
+
+@pytest.fixture(scope="module")
+def painter() -> Painter:
+    return Painter()
+
+
+@pytest.fixture(scope="module")
+def demo(painter: Painter) -> Iterator[gr.Blocks]:
+    credits = "# Art\n| Noto | Apache-2.0 | https://example.org/noto |\n<script>x</script>"
+    with served(ui.build(painter, METHODS, credits=credits)) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def client(demo: gr.Blocks) -> Iterator[Client]:
+    connected = Client(demo.local_url, verbose=False)
+    yield connected
+    connected.close()
+
+
+def screen(painter: Painter) -> Screen:
+    return Screen(painter, METHODS, ("base", 25))
+
+
+def press(
+    painter: Painter, prompt: Any = "a cat", seed: Any = 1, steps: Any = 4, names: Any = ("base", "lcm"),
+    reference: Any = ("yes",), guidance: Any = None, negative: Any = "", trail: Any = False,
+) -> list[Any]:  # fmt: skip
+    """All that the page is told after a press of Compare."""
+    names = list(names) if isinstance(names, tuple) else names
+    return everything(comparison(screen(painter))(prompt, seed, steps, names, reference, guidance, negative, trail, []))
+
+
+def everything(told: AsyncIterator[Any]) -> list[Any]:
+    async def listen() -> list[Any]:
+        return [item async for item in told]
+
+    return asyncio.run(listen())
+
+
+# How it is served
+
+
+def test_launch_settings(demo: gr.Blocks) -> None:
+    assert (demo.max_file_size, demo.allowed_paths, demo.enable_monitoring) == (1 << 20, [], False)
+    assert (demo.show_error, demo.ssr_mode, demo.run_history, demo.share) == (False, False, False, False)
+    assert (demo.mcp_server_obj, demo.delete_cache, demo.analytics_enabled) == (None, (600, 3600), False)
+    assert (demo.footer_links, demo.app.state_holder.capacity) == ([], 2000)
+    assert (demo._queue.max_size, demo._queue.default_concurrency_limit, demo.api_open) == (32, 1, False)
+
+
+def test_monitoring_and_run_history_are_not_there(demo: gr.Blocks) -> None:
+    for path in ("monitoring", "gradio_api/runs"):
+        assert requests.get(f"{demo.local_url}{path}", timeout=5).status_code in (403, 404)
+
+
+def test_other_sites_may_not_call(demo: gr.Blocks) -> None:
+    # strict_cors: not even a page without an origin of its own, which a sandboxed frame is.
+    answer = requests.get(f"{demo.local_url}config", headers={"Origin": "null"}, timeout=5)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_only_compare_is_public(client: Client) -> None:
+    assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/compare"]
+
+
+def test_the_queue_cannot_be_skipped(demo: gr.Blocks) -> None:
+    answer = requests.post(f"{demo.local_url}gradio_api/run/compare", json={"data": ["a cat"]}, timeout=5)
+    assert answer.status_code in (401, 403, 404)
+
+
+def test_page_asks_nobody_else(demo: gr.Blocks) -> None:
+    page = requests.get(demo.local_url, timeout=5).text
+    assert "fonts.googleapis" not in page
+    assert "cdnjs" not in page.split("<body")[1]
+
+
+def test_footer_shows_credits_as_text_with_links(demo: gr.Blocks) -> None:
+    footer = next(b["props"]["value"] for b in demo.config["components"] if b["props"].get("elem_id") == "hs-footer")
+    assert 'Noto | Apache-2.0 | <a href="https://example.org/noto"' in footer
+    assert "&lt;script&gt;" in footer
+
+
+# The screen
+
+
+def test_panels_come_one_by_one_and_the_last_word_is_complete() -> None:
+    told = press(Painter(0.01))
+    finished = [sum(tile["phase"] == "done" for tile in state["tiles"]) for _, state, *_ in told]
+    assert finished == sorted(finished)
+    assert {0, 1, 2, 3} == set(finished)
+    *_, (notice, state, panels, past, history) = told
+    assert (notice, state["status"], len(panels)) == ("", "done", 3)
+    assert [(t["method"], t["facts"]["steps"], t["reference"]) for t in state["tiles"]] == [
+        ("base", 4, False), ("lcm", 4, False), ("base", 25, True)]  # fmt: skip
+    assert past == history == [past[0]]
+    assert past[0]["link"] == state["link"]
+
+
+def test_progress_is_told_while_a_panel_is_drawn() -> None:
+    told = press(Painter(0.03), steps=25, names=("base",), reference=())
+    steps = [state["tiles"][0]["step"] for _, state, *_ in told if state["tiles"][0]["phase"] == "drawing"]
+    assert len(set(steps)) > 3
+    assert steps == sorted(steps)
+
+
+def test_every_panel_shows_what_it_cost_and_where_it_began() -> None:
+    *_, (_, state, *_) = press(Painter())
+    for tile in state["tiles"]:
+        assert {"steps", "nfe", "seconds", "guidance", "sampler", "noise_sha256"} <= tile["facts"].keys()
+    assert len({tile["facts"]["noise_sha256"] for tile in state["tiles"]}) == 1
+    assert [tile["facts"]["nfe"] for tile in state["tiles"]] == [8, 4, 50]
+
+
+def test_reference_is_drawn_once_when_its_step_count_is_chosen() -> None:
+    painter = Painter()
+    *_, (_, state, *_) = press(painter, steps=25, names=("base",))
+    assert painter.calls == ["base 25"]
+    assert [tile["reference"] for tile in state["tiles"]] == [True]
+
+
+def test_a_method_that_cannot_says_so_in_its_panel_and_the_others_go_on() -> None:
+    *_, (_, state, *_) = press(Painter(), steps=1, names=("base", "tcd"))
+    assert [tile["phase"] for tile in state["tiles"]] == ["done", "problem", "done"]
+    assert "tcd was made for 2-8 steps, got 1" in state["tiles"][1]["text"]
+
+
+def test_pictures_are_lossless_and_carry_their_provenance() -> None:
+    *_, (_, state, panels, *_) = press(Painter())
+    file = io.BytesIO(base64.b64decode(state["tiles"][1]["src"].split(",")[1]))
+    assert pictures.read_png(file) == panels[1] == paint(Request("a cat", 1, 4), "lcm")
+
+
+def test_the_strip_holds_a_picture_of_each_step() -> None:
+    *_, (_, state, *_) = press(Painter(), trail=True)
+    assert [len(tile["trail"]) for tile in state["tiles"]] == [4, 4, 25]
+
+
+def test_closing_the_generator_stops_within_one_step() -> None:
+    painter = Painter(0.05)
+    made = 0
+
+    async def leave_early() -> None:
+        nonlocal made
+        told = comparison(screen(painter))("a cat", 1, 100, ["base"], [], None, "", False, [])
+        async for _, state, *_ in told:
+            if state["tiles"][0]["step"] >= 2:
+                break
+        await told.aclose()  # type: ignore[attr-defined]
+        made = painter.steps
+
+    asyncio.run(leave_early())
+    eventually(lambda: painter.stops)
+    assert painter.steps <= made + 1
+
+
+BAD = {
+    "empty": ({"prompt": "  "}, "Prompt is empty; type a few words"),
+    "not text": ({"prompt": 7}, "Prompt must be text, got int"),
+    "long": ({"prompt": "x" * 5000}, f"Prompt has 5,000 characters, at most {PROMPT_CHARACTERS}"),
+    "steps 0": ({"steps": 0}, "Steps must be a whole number from 1"),
+    "steps -1": ({"steps": -1}, "Steps must be a whole number from 1"),
+    "steps 10000": ({"steps": 10000}, "Steps must be a whole number from 1"),
+    "steps a": ({"steps": "a"}, "Steps must be a whole number from 1"),
+    "steps none": ({"steps": None}, "Steps must be a whole number from 1"),
+    "seed": ({"seed": SEED_MAX + 1}, "Seed must be a whole number from 0"),
+    "guidance": ({"guidance": 99}, "Guidance must be a number from 0 to 30"),
+    "no method": ({"names": (), "reference": ()}, "No method is chosen; tick at least one"),
+    "methods": ({"names": {"a": 1}}, "Methods must be a list of names"),
+    "unknown": ({"names": ("nope",)}, "There is no method &#x27;nope&#x27;; choose from base, lcm, tcd, hyper"),
+}
+
+
+@pytest.mark.parametrize(("given", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_is_a_sentence_and_nothing_else_changes(given: dict[str, Any], sentence: str) -> None:
+    painter = Painter()
+    [(notice, state, *rest)] = press(painter, **given)
+    assert sentence in notice
+    assert state == {"status": "refused"}
+    assert rest == [SKIPPED] * 3
+    assert painter.calls == []
+
+
+def test_a_fault_of_ours_is_a_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> Any:
+        raise ZeroDivisionError("secret")
+
+    *_, (_, state, *_) = press(broken)  # type: ignore[arg-type]
+    assert {tile["phase"] for tile in state["tiles"]} == {"problem"}
+    assert "could not be drawn" in state["tiles"][0]["text"]
+    assert "secret" not in json.dumps(state)
+    assert "secret" in caplog.text
+
+
+def test_missing_weights_are_a_sentence() -> None:
+    def unready(*_: object) -> Any:
+        raise InputError("emoji: unet/model.safetensors is missing; copy it again")
+
+    *_, (_, state, *_) = press(unready)  # type: ignore[arg-type]
+    assert state["tiles"][0]["text"].startswith("emoji: unet/model.safetensors is missing")
+
+
+def test_numbers_between_panels_are_the_metrics() -> None:
+    *_, (_, state, panels, *_) = press(Painter())
+    assert set(state["numbers"]) == {"0-1", "0-2", "1-2"}
+    assert state["numbers"]["0-2"] == distances(panels[0], panels[2])
+    assert distances(panels[0], panels[0]) == {"mae": 0.0, "psnr": None, "ssim": 1.0}
+
+
+# Links and history
+
+
+def test_permalink_restores_what_was_asked() -> None:
+    from urllib.parse import parse_qsl
+
+    request = Request("a cat & a 100% 🐕?", 7, 3, 2.5, negative_prompt="red")
+    query = dict(parse_qsl(permalink(request, ["lcm", "hyper"], False)[1:]))
+    assert restore(query, list(METHODS)) == [request.prompt, 7, 3, ["lcm", "hyper"], [], 2.5, "red", None]
+
+
+def test_a_link_that_says_nothing_changes_nothing() -> None:
+    assert restore({}, list(METHODS)) == [SKIPPED] * 8
+
+
+def test_a_broken_link_changes_nothing() -> None:
+    query = {"seed": "x", "steps": "nan", "methods": "nope", "guidance": "inf"}
+    assert restore(query, list(METHODS)) == [SKIPPED] * 8
+
+
+def test_history_keeps_the_newest_first_without_doubles_and_forgives_rubbish() -> None:
+    *_, (*_, past, _) = press(Painter(), prompt="one")
+    painter = Painter()
+    for prompt in ["two", "one"]:
+        *_, (*_, past, _) = everything(comparison(screen(painter))(prompt, 1, 4, ["base"], [], None, "", False, past))
+    assert [entry["prompt"] for entry in past] == ["one", "two", "one"]  # the first "one" had other methods
+    for rubbish in (None, "x", [1, {}], {"a": 1}):
+        assert isinstance(remember(rubbish, Request("x"), _NoPanels()), list)  # type: ignore[arg-type]
+
+
+class _NoPanels:
+    panels: list[Panel] = []  # noqa: RUF012
+
+
+def test_every_surprise_is_a_prompt() -> None:
+    seen = {prompts.surprise(n) for n in range(len(prompts.SUBJECTS) * len(prompts.STYLES))}
+    assert len(seen) == len(prompts.SUBJECTS) * len(prompts.STYLES)
+    assert all(Request(prompt).prompt == prompt for prompt in seen | set(prompts.EXAMPLES))
+    assert all(text.rsplit(", ", 1)[1].removesuffix(" style") in prompts.STYLES for text in prompts.EXAMPLES)
+
+
+# Programs
+
+
+def test_api_answers_complete_panels(client: Client) -> None:
+    job = client.submit(prompt="a dog", seed=3, steps=2, methods=["lcm", "tcd"], reference=True, api_name="/compare")
+    panels = job.result(timeout=20)
+    assert [(p["method"], p["reference"], p["problem"]) for p in panels] == [
+        ("lcm", False, ""), ("tcd", False, ""), ("base", True, "")]  # fmt: skip
+    assert "__type__" not in json.dumps(panels)
+    assert [len(earlier) for earlier in job.outputs()] in ([1, 2, 3, 3], [1, 2, 3])
+    file = io.BytesIO(base64.b64decode(panels[1]["png"].split(",")[1]))
+    assert pictures.read_png(file) == paint(Request("a dog", 3, 2), "tcd")
+    assert panels[1]["provenance"] == pictures.read_png_provenance(file)
+
+
+def test_api_is_documented_with_types(client: Client) -> None:
+    told = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/compare"]
+    types = {p["parameter_name"]: p["python_type"]["type"] for p in told["parameters"]}
+    assert types == {"prompt": "str", "seed": "int", "steps": "int", "methods": "None | list[str]",
+                     "guidance": "None | float", "negative_prompt": "str", "reference": "bool"}  # fmt: skip
+    assert [r["python_type"]["type"].split("[")[0] for r in told["returns"]] == ["list"]
+    assert "one noise" in told["description"]
+
+
+@pytest.mark.parametrize("given", [
+    {"prompt": ""}, {"prompt": "x" * 5000}, {"prompt": 5}, {"prompt": None}, {"steps": 0}, {"steps": -1},
+    {"steps": 10000}, {"steps": "a"}, {"steps": [4]}, {"seed": -1}, {"seed": 2**32}, {"methods": ["nope"]},
+    {"methods": "base"}, {"methods": [[]]}, {"methods": []}, {"guidance": "much"}, {"negative_prompt": {}},
+], ids=lambda given: str(given)[:30])  # fmt: skip
+def test_api_explains_bad_input(client: Client, given: dict[str, Any]) -> None:
+    with pytest.raises(AppError) as told:
+        client.predict(**{"prompt": "a cat", **given}, api_name="/compare")
+    text = str(told.value)
+    assert any(word in text for word in ("prompt", "steps", "seed", "method", "guidance"))
+    assert "Traceback" not in text
+    assert ".py" not in text
+
+
+def test_api_stops_when_cancelled() -> None:
+    painter = Painter(0.05)
+    with served(ui.build(painter, METHODS, credits="")) as app:
+        client = Client(app.local_url, verbose=False)
+        job = client.submit(prompt="a dog", steps=100, methods=["base"], api_name="/compare")
+        eventually(lambda: painter.steps >= 2)
+        job.cancel()
+        eventually(lambda: painter.stops)
+        client.close()
+    assert painter.steps < 60

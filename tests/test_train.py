@@ -1,0 +1,171 @@
+"""The loop: bit-exact resume after kill -9, data order, averages, guards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hypersd import checkpoint
+from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step
+
+RECIPE = Recipe(updates=60, batch=8, lr=1e-2, warmup=5, cooldown=20, ema=0.9)
+
+
+class Line:
+    """Fit a small network to y = sum(x); `spoil` makes the loss infinite at that update."""
+
+    def __init__(self, spoil: int | None = None, slow: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.x = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+        self.spoil, self.slow, self.seen = spoil, slow, list[int]()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"line": self.network}
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": "line"}
+
+    def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        time.sleep(self.slow)
+        rows = step.rows(len(self.x))
+        self.seen += rows.tolist()
+        x = self.x[rows] + 0.01 * torch.randn(len(rows), 4, generator=step.generator("noise"))
+        loss = (self.network(x) - x.sum(1, keepdim=True)).square().mean()
+        yield "line", loss * float("inf") if step.index == self.spoil else loss
+
+    @torch.no_grad()
+    def sheet(self, folder: Path, step: int) -> dict[str, float]:
+        return {"error": float((self.network(self.x) - self.x.sum(1, keepdim=True)).square().mean())}
+
+
+def final_bytes(folder: Path) -> str:
+    return checkpoint.sha256(sorted((folder / "checkpoints").glob("step-*"))[-1] / "tensors.safetensors")
+
+
+def test_learns_and_ends_on_a_checkpoint(tmp_path: Path) -> None:
+    run = Run(Line(), RECIPE, tmp_path)
+    before = run.objective.sheet(tmp_path, 0)["error"]
+    assert run.advance()
+    assert run.draw()["error"] < 0.5 * before
+    assert checkpoint.latest(tmp_path / "checkpoints").step == RECIPE.updates  # type: ignore[union-attr]
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_resumed_run_equals_the_unbroken_one_byte_for_byte(tmp_path: Path) -> None:
+    Run(Line(), RECIPE, tmp_path / "unbroken").advance()
+    for stop in (7, 8, 31, 60):  # within the warm-up, the next update, within the cool-down, the end
+        run = Run(Line(), RECIPE, tmp_path / "broken")
+        while run.step < stop:
+            run.log.append(run.update())
+        run.save()
+    assert final_bytes(tmp_path / "broken") == final_bytes(tmp_path / "unbroken")
+    assert Run(Line(), RECIPE, tmp_path / "broken").log == Run(Line(), RECIPE, tmp_path / "unbroken").log
+
+
+SCRIPT = """
+import sys; from pathlib import Path
+from tests.test_train import *
+Run(Line(slow=0.01), RECIPE, Path(sys.argv[1])).advance(save_every=0.0)
+"""
+
+
+def test_kill_9_at_any_moment_and_resume(tmp_path: Path) -> None:
+    """The process is killed while it trains and writes a checkpoint after every update."""
+    Run(Line(), RECIPE, tmp_path / "unbroken").advance()
+    folder = tmp_path / "killed"
+    kills = 0
+    for attempt in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[1],
+        )
+        deadline = time.monotonic() + 60
+        published = set(folder.glob("checkpoints/step-*"))
+        while process.poll() is None and set(folder.glob("checkpoints/step-*")) <= published:
+            assert time.monotonic() < deadline, "no checkpoint within a minute"
+            time.sleep(0.002)
+        time.sleep(0.003 * attempt)  # so that the kills fall on different moments of a write
+        if process.poll() is None and kills < 3:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(60)
+        if process.returncode == 0:
+            break
+    assert kills >= 1 and process.returncode == 0
+    assert final_bytes(folder) == final_bytes(tmp_path / "unbroken")
+
+
+def test_sigterm_saves_and_ends(tmp_path: Path) -> None:
+    class Interrupted(Line):
+        def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+            if step.index == 10:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield from super().losses(step)
+
+    assert not Run(Interrupted(), RECIPE, tmp_path).advance()
+    assert Run(Line(), RECIPE, tmp_path).step == 11
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_every_row_once_an_epoch_in_any_number_of_pieces() -> None:
+    rows = [r for i in range(25) for r in Step(i, RECIPE).rows(20).tolist()]
+    assert all(Counter(rows[e : e + 20]) == Counter(range(20)) for e in range(0, 200, 20))
+    assert rows[:20] != rows[20:40]
+    assert rows[80:88] == Step(10, RECIPE).rows(20).tolist()
+
+
+def test_random_streams_differ_and_repeat() -> None:
+    def draw(step: int, stream: str, seed: int = 0) -> list[float]:
+        recipe = Recipe(updates=1, batch=1, lr=1.0, seed=seed)
+        return torch.rand(4, generator=Step(step, recipe).generator(stream)).tolist()
+
+    assert draw(3, "noise") == draw(3, "noise")
+    assert len({tuple(d) for d in (draw(3, "noise"), draw(4, "noise"), draw(3, "crop"), draw(3, "noise", 1))}) == 4
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    rates = [RECIPE.rate(s) for s in range(RECIPE.updates)]
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
+    assert set(rates[5:40]) == {0.01}
+    assert rates[-1] == pytest.approx(0.01 / 20) and rates[40:] == sorted(rates[40:], reverse=True)
+
+
+def test_infinite_loss_stops_and_names_the_update(tmp_path: Path) -> None:
+    run = Run(Line(spoil=20), RECIPE, tmp_path)
+    with pytest.raises(Diverged, match="update 20: line loss inf"):
+        run.advance(save_every=0.0)
+    assert Run(Line(), RECIPE, tmp_path).step == 20
+
+
+def test_another_recipe_is_refused_by_name_but_a_longer_one_is_welcome(tmp_path: Path) -> None:
+    run = Run(Line(), RECIPE, tmp_path)
+    run.update()
+    run.save()
+    with pytest.raises(RecipeChanged, match="batch: 8 then, 16 now"):
+        Run(Line(), Recipe(**{**RECIPE.__dict__, "batch": 16}), tmp_path)
+    assert Run(Line(), Recipe(**{**RECIPE.__dict__, "updates": 99}), tmp_path).step == 1
+
+
+def test_average_lags_behind_and_is_what_the_sheet_sees(tmp_path: Path) -> None:
+    run = Run(Line(), RECIPE, tmp_path)
+    for _ in range(10):
+        run.update()
+    live = run.networks["line"].state_dict()["0.weight"].clone()
+    with run.averaged():
+        inside = run.networks["line"].state_dict()["0.weight"].clone()
+    assert torch.equal(inside, run.average["line"]["0.weight"]) and not torch.equal(inside, live)
+    assert torch.equal(run.networks["line"].state_dict()["0.weight"], live)

@@ -1,0 +1,98 @@
+"""A complete but tiny and random model in StableDiffusionPipeline layout: 32 px pictures, 0.1 M parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+WORDS = ("a", "happy", "cat", "dog", "red", "heart", "style")
+TOKENS = 12  # how many the text encoder reads, marks of start and end included
+SIZE_PX = 32
+
+
+def build(folder: Path, prediction: str = "v_prediction", set_alpha_to_one: bool = False) -> Path:
+    """Write the model to `folder`: equal arguments give equal weights."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    words = tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            projection_dim=16,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=SIZE_PX // 8,
+            in_channels=8,
+            out_channels=8,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+        )
+        vae = AutoencoderKL(
+            sample_size=SIZE_PX,
+            latent_channels=8,
+            layers_per_block=1,
+            block_out_channels=(4, 4, 8, 8),
+            norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            mid_block_add_attention=False,
+            scaling_factor=0.8,  # not 1, so that a forgotten factor shows
+        )
+        text_encoder = CLIPTextModel(text)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=set_alpha_to_one,
+        steps_offset=1,  # means nothing to trailing spacing, but diffusers warns about 0
+        prediction_type=prediction,
+        timestep_spacing="trailing",
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=words,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tokenizer():  # type: ignore[no-untyped-def]
+    """CLIP's byte-pair tokenizer whose merges spell WORDS; everything else is read letter by letter."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            merges.append((left, right))
+            left += right
+            vocabulary.append(left)
+    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=TOKENS)
