@@ -17,5 +17,7 @@ def load() -> Any:
 
 if __name__ == "__main__":
     engine = Engine(load, METHODS)
+    demo = ui.build(engine, METHODS)
+    ui.serve(demo, prevent_thread_lock=True)
     engine.warm_up()
-    ui.serve(ui.build(engine, METHODS))
+    demo.block_thread()

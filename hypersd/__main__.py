@@ -1,4 +1,4 @@
-"""python -m hypersd {draw, methods, emoji}: parse, call, turn a wrong input into one sentence.
+"""python -m hypersd {draw, methods, bench, emoji}: parse, call, turn a wrong input into one sentence.
 
 A command is one row in COMMANDS: its help line, a function that adds its arguments, a function that runs it. What a
 command needs is imported when it runs, so that `--help` answers at once.
@@ -97,9 +97,21 @@ def emoji_command(given: argparse.Namespace) -> None:
     import_module(f"hypersd.emoji.{given.part}").make(Path(given.runs), minutes=given.minutes)
 
 
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+
+
+def bench_command(given: argparse.Namespace) -> None:
+    from hypersd import bench
+
+    for name, value in bench.run(given.backbone).items():
+        print(f"{name:<32} {value:8.3f}")
+
+
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
+    "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
 }
 

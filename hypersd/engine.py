@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -281,7 +281,7 @@ def _cell(request: Request, row: MethodRow) -> Cell:
 
 async def stream(
     cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.1
-) -> AsyncIterator[list[News]]:
+) -> AsyncGenerator[list[News], None]:
     """Draw the cells in order and tell the news, gathered for `beat` seconds; an empty list after a quiet second.
 
     The drawing happens in a thread of its own, the waiting here costs none. Closing or cancelling this iterator, for

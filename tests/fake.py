@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hashlib
 import os
@@ -10,10 +11,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import gradio as gr
+import pytest
 
 from hypersd import ui
 from hypersd.engine import UNWATCHED, Drawing, Progress, Stopped, Watch
@@ -104,6 +106,23 @@ def served(app: gr.Blocks, **more: object) -> Iterator[gr.Blocks]:
             app.close()
             gc.collect()  # event loops that Gradio leaves behind complain when they go, so let them go here
             os.environ.pop("GRADIO_TEMP_DIR") if before is None else os.environ.update(GRADIO_TEMP_DIR=before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_loops_left() -> Iterator[None]:
+    """For modules that build apps: closes the event loop Gradio opens in this thread, or later tests are blamed."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(RuntimeError):  # there is none
+            asyncio.get_event_loop().close()
+        asyncio.set_event_loop(None)
+        gc.collect()
+
+
+def address(app: gr.Blocks) -> str:
+    """Where a served app answers, with a slash at the end."""
+    return str(app.local_url)
 
 
 def eventually(true: Callable[[], object], seconds: float = 5) -> None:

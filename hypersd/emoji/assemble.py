@@ -20,12 +20,14 @@ ASSETS = artwork.MANIFEST.parent
 
 
 def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> None:
-    """Replace `assets/emoji-sd` with the exported parts under `runs`, and the sample sheet beside it, in one rename.
+    """Replace `assets/emoji-sd` with the exported parts under `runs`, whole or not at all.
 
     Raises:
         ArtworkError: a part has not been trained; the message names its command.
     """
     parts = {part: runs / part / "export" for part in ("autoencoder", "text", "teacher")}
+    if (runs / "decoder" / "export").exists():
+        parts["autoencoder"] = runs / "decoder" / "export"  # the same encoder, a better decoder
     for part, folder in parts.items():
         if not any(folder.rglob("*.safetensors")):
             raise artwork.ArtworkError(f"no weights in {folder}; make them with: python -m hypersd emoji {part}")

@@ -30,7 +30,7 @@ from hypersd.train import Recipe, Run, Step
 
 CROP = 64  # pixels
 RECIPE = Recipe(
-    updates=4500, batch=16, lr=1e-3, warmup=200, cooldown=1500, weight_decay=0.01, ema=0.998, clip=1.0, precision="bf16"
+    updates=4000, batch=16, lr=1e-3, warmup=200, cooldown=1300, weight_decay=0.01, ema=0.998, clip=1.0, precision="bf16"
 )
 GRADIENT, KL, EQUIVARIANCE = 0.5, 3e-4, 0.25
 

@@ -32,7 +32,7 @@ from hypersd.train import Recipe, Run, Step
 SIDE, SPACE = 64, 256  # pixels, width of the common space
 ASSETS = artwork.MANIFEST.parent
 RECIPE = Recipe(
-    updates=1200, batch=128, lr=2e-3, warmup=100, cooldown=600, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
+    updates=800, batch=128, lr=2e-3, warmup=50, cooldown=400, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
 )
 STYLED = 0.3  # share of captions that name their style
 
@@ -146,7 +146,7 @@ class Matching:
             pictures = embed_pictures(self.scorer, self.small[rows])
             own = pool[[labels.index(self.rows[i].label) for i in rows]]
             measures[f"r_precision_{split}"] = r_precision(pictures, own, pool=pool)
-        return {**measures, "scale": float(self.scorer.scale.exp())}
+        return {**measures, "scale": float(self.scorer.scale.detach().exp())}
 
 
 def matching_loss(pictures: Tensor, texts: Tensor, scale: Tensor, concepts: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def r_precision(
 
 
 def _floats(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _bytes(x: Tensor) -> np.ndarray:
@@ -262,7 +262,7 @@ def export(scorer: Scorer, folder: Path) -> None:
     text_.load_state_dict(scorer.text.state_dict())
     text_.to(torch.float16).save_pretrained(folder / "text")
     text.save_tokenizer(scorer.tokenizer, folder / "tokenizer")
-    (folder / "scorer.json").write_text(json.dumps({"scale": float(scorer.scale)}), encoding="utf-8")
+    (folder / "scorer.json").write_text(json.dumps({"scale": float(scorer.scale.detach())}), encoding="utf-8")
 
 
 def load(folder: Path) -> Scorer:

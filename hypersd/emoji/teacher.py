@@ -109,18 +109,28 @@ class CachedData:
 
 
 def cache(run: Path) -> None:
-    """Encode every picture and every caption once; skipped when the inputs have not changed."""
-    inputs = "".join(sorted(_weights_digest(run / part / "export") for part in ("autoencoder", "text")))
-    stamp = run / "cached.json"
-    if stamp.exists() and json.loads(stamp.read_text())["inputs"] == inputs:
-        return
-    pictures, _, rows = artwork.load(run / "artwork")
-    vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "export", torch_dtype=torch.float32)
-    torch.save(autoencoder.encode_all(vae, pictures), run / "latents.pt")
-    texts = sorted({"", *SHEET_PROMPTS, *(c for r in rows for c in artwork.captions(r))})
-    (run / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-    np.save(run / "states.npy", encode_texts(run / "text" / "export", texts))
-    stamp.write_text(json.dumps({"inputs": inputs}))
+    """Encode every caption and every picture once; what an unchanged encoder has encoded before is kept."""
+    if _stale(run / "states.npy", run / "text" / "export"):
+        _, _, rows = artwork.load(run / "artwork")
+        texts = sorted({"", *SHEET_PROMPTS, *(c for r in rows for c in artwork.captions(r))})
+        (run / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+        np.save(run / "states.npy", encode_texts(run / "text" / "export", texts))
+        _stamp(run / "states.npy", run / "text" / "export")
+    if _stale(run / "latents.pt", run / "autoencoder" / "export"):
+        pictures, _, _ = artwork.load(run / "artwork")
+        vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "export", torch_dtype=torch.float32)
+        torch.save(autoencoder.encode_all(vae, pictures), run / "latents.pt")
+        _stamp(run / "latents.pt", run / "autoencoder" / "export")
+
+
+def _stale(path: Path, weights: Path) -> bool:
+    """Whether `path` is missing or was made by other weights than those in the folder `weights`."""
+    mark, digest = path.with_suffix(".made-by"), _weights_digest(weights)
+    return not (path.exists() and mark.exists() and mark.read_text() == digest)
+
+
+def _stamp(path: Path, weights: Path) -> None:
+    path.with_suffix(".made-by").write_text(_weights_digest(weights))
 
 
 @torch.inference_mode()

@@ -179,6 +179,13 @@ def config(vocabulary: int, start: int, end: int) -> CLIPTextConfig:
     )
 
 
+def kept_tokenizer(folder: Path, texts: Corpus) -> CLIPTokenizer:
+    """The tokenizer in `folder`, learned if there is none; kept because ties between merges fall by chance."""
+    if not (folder / "merges.txt").exists():  # written last
+        save_tokenizer(tokenizer_for([*texts.train, *texts.labels]), folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def tokens(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """As StableDiffusionPipeline does it: cut and padded to 32. int64 [n, 32]"""
     return tokenizer(
@@ -217,9 +224,8 @@ def _held_out(text: str) -> bool:
 class Distillation:
     """The objective: agree with the teacher on where every text belongs."""
 
-    def __init__(self, texts: Corpus, teach: Teach, recipe: Recipe = RECIPE, vocabulary: int = VOCABULARY) -> None:
-        self.corpus, self.recipe = texts, recipe
-        self.tokenizer = tokenizer_for([*texts.train, *texts.labels], vocabulary)
+    def __init__(self, texts: Corpus, tokenizer: CLIPTokenizer, teach: Teach, recipe: Recipe = RECIPE) -> None:
+        self.corpus, self.tokenizer, self.recipe = texts, tokenizer, recipe
         self.ids = tokens(self.tokenizer, texts.train)
         self.end: int = self.tokenizer.eos_token_id
         self.lengths = (self.ids == self.end).int().argmax(1) + 1
@@ -304,7 +310,7 @@ class Distillation:
         }
 
     def _right(self, text: str, guesses: Sequence[int]) -> bool:
-        return bool(re.search(words.MEANT[text], self.corpus.labels[guesses[0]]))
+        return bool(re.search(words.MEANT[text], self.corpus.labels[guesses[0]], re.IGNORECASE))
 
 
 def agreement(y: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
@@ -352,7 +358,8 @@ def make(runs: Path, *, minutes: float | None = None) -> None:
     encoder_words = words.whole_words((sentence_encoder() / "vocab.txt").read_text(encoding="utf-8").splitlines())
     texts = corpus(list(artwork.read_manifest()), encoder_words, words.DICTIONARY)
     tqdm.write(f"text: {len(texts.train)} texts to learn from, {len(texts.held_out)} held out")
-    objective = Distillation(texts, SentenceEncoder(runs / "text"))
+    tokenizer = kept_tokenizer(runs / "text" / f"tokenizer-{texts.digest()}", texts)
+    objective = Distillation(texts, tokenizer, SentenceEncoder(runs / "text"))
     run = Run(objective, RECIPE, runs / "text")
     run.advance(minutes=minutes)
     with run.averaged():

@@ -5,9 +5,7 @@ ui.serve(ui.build(engine, METHODS))
 
 from __future__ import annotations
 
-import html
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ HERE = Path(__file__).parent
 CREDITS = HERE.parents[1] / "assets" / "CREDITS.md"
 FONTS = ["-apple-system", "BlinkMacSystemFont", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SF Mono", "Cascadia Code", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+ABOUT = "Every panel starts from the same noise. Times are wall time on this machine, with the weights in memory."
 
 QUEUE: dict[str, Any] = {"max_size": 32, "default_concurrency_limit": 1, "api_open": False}
 LAUNCH: dict[str, Any] = {
@@ -57,7 +57,10 @@ def build(
         screen = compare.Screen(draw, methods, reference)
         compare.build(demo, screen)
         api.add(screen)
-        gr.HTML(_footer(_credits() if credits is None else credits), elem_id="hs-footer", apply_default_css=False)
+        gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
+        if text := _credits() if credits is None else credits:
+            with gr.Accordion("Artwork and licences", open=False, elem_id="hs-credits"):
+                gr.Markdown(text)
     return demo
 
 
@@ -88,18 +91,3 @@ def _theme() -> gr.themes.Base:
 
 def _credits() -> str:
     return CREDITS.read_text(encoding="utf-8") if CREDITS.is_file() else ""
-
-
-def _footer(credits: str) -> str:
-    """The credits behind a fold, their links as links; everything else of their Markdown stays plain text."""
-    about = "Every panel starts from the same noise. Times are wall time on this machine, with the weights in memory."
-    if not credits.strip():
-        return f"<p>{about}</p>"
-    lines = [re.sub(r"^[#*\-|\s]+|[|\s]+$", "", line) for line in credits.splitlines()]
-    items = "".join(f"<li>{_linked(line)}</li>" for line in lines if re.search(r"\w", line))
-    return f"<p>{about}</p><details><summary>Artwork and licences</summary><ul>{items}</ul></details>"
-
-
-def _linked(text: str) -> str:
-    safe = html.escape(text)
-    return re.sub(r"https?://[^\s)\]|&<>]+", lambda m: f'<a href="{m[0]}" rel="noopener">{m[0]}</a>', safe)

@@ -1,7 +1,8 @@
 """The endpoint for programs: `Client(url).predict(prompt="a red apple", steps=4, api_name="/compare")`."""
 
 # No `from __future__ import annotations` here: Gradio makes the endpoint's documentation from the real types.
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
@@ -19,7 +20,7 @@ def add(screen: Screen) -> None:
     gr.api(endpoint(screen), api_name="compare", concurrency_id="draw", concurrency_limit=1)
 
 
-def endpoint(screen: Screen) -> Callable[..., AsyncIterator[Answer]]:
+def endpoint(screen: Screen) -> Callable[..., AsyncGenerator[Answer, None]]:
     """The function behind /compare, a generator: one more panel in each answer, all of them in the last."""
 
     async def compare(
@@ -30,7 +31,7 @@ def endpoint(screen: Screen) -> Callable[..., AsyncIterator[Answer]]:
         guidance: float | None = None,
         negative_prompt: str = "",
         reference: bool = False,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Draw one prompt from one noise with several methods (None: all of them), and the reference if asked for.
 
         Each panel is {method, title, reference, problem, png, provenance}: `png` is a data address with the provenance
@@ -45,9 +46,10 @@ def endpoint(screen: Screen) -> Callable[..., AsyncIterator[Answer]]:
         except InputError as problem:
             raise gr.Error(str(problem), print_exception=False) from None
         board = Board(cells, "")
-        async for news in board.follow(stream(cells, screen.draw)):
-            if any(item.drawing for item in news):
-                yield answer(board)
+        async with aclosing(board.follow(stream(cells, screen.draw))) as told:
+            async for news in told:
+                if any(item.drawing for item in news):
+                    yield answer(board)
         yield answer(board)
 
     # What a caller gets is the last answer, so that is the type to document.

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlencode
@@ -42,9 +42,9 @@ class Board:
     def state(self) -> State:
         return {"status": self.status, "link": self.link, "tiles": self.tiles, "numbers": self.numbers}
 
-    async def follow(self, told: AsyncIterator[list[News]]) -> AsyncIterator[list[News]]:
+    async def follow(self, told: AsyncGenerator[list[News], None]) -> AsyncGenerator[list[News], None]:
         """Pass the news on once they are on the board; closing this closes `told`, and with it the drawing."""
-        async with aclosing(told) as all_news:  # type: ignore[type-var]
+        async with aclosing(told) as all_news:
             async for news in all_news:
                 await asyncio.to_thread(self.hear, news)  # PNGs and SSIM of large panels take a while
                 yield news

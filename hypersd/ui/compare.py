@@ -6,7 +6,8 @@ import html
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -39,9 +40,9 @@ def build(demo: gr.Blocks, screen: Screen) -> None:
     fields = _form(screen)
     notice = gr.HTML("", elem_id="hs-notice")
     viewer = gr.HTML({}, html_template=VIEWER_HTML, js_on_load=VIEWER_JS, elem_id="hs-viewer", apply_default_css=False)
-    parcel = gr.HTML({}, html_template="", js_on_load="watch('value', () => hypersd.save(props.value));")
+    parcel = gr.HTML({}, html_template="", js_on_load=PARCEL_JS, apply_default_css=False)
     with gr.Accordion("History of this browser", open=False, elem_id="hs-past"):
-        history = gr.HTML([], html_template="<div class='hs-past'></div>", js_on_load=HISTORY_JS)
+        history = gr.HTML([], html_template=PAST_HTML, js_on_load=HISTORY_JS, apply_default_css=False)
         forget = gr.Button("Forget all", size="sm", elem_id="hs-forget")
     _wire_run(screen, fields, [notice, viewer, panels, past, history])
     _wire_past(demo, screen, fields, past, history, forget)
@@ -52,6 +53,8 @@ VIEWER_HTML = "<div class='hs-viewer'></div>"
 VIEWER_JS = """
 hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch, { sheet: () => trigger('sheet') });
 """
+PARCEL_JS = "watch('value', () => hypersd.save(props.value));"
+PAST_HTML = "<div class='hs-past'></div>"
 HISTORY_JS = """
 const draw = () => hypersd.past(element.querySelector('.hs-past'), props.value, (item) => trigger('select', item));
 watch('value', draw);
@@ -68,7 +71,7 @@ class Fields:
     seed: gr.Number
     names: gr.CheckboxGroup
     reference: gr.CheckboxGroup
-    guidance: gr.Number
+    guidance: gr.Textbox
     negative: gr.Textbox
     trail: gr.Checkbox
     go: gr.Button
@@ -117,9 +120,11 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
                 [(f"{title}, {count} steps", "yes")], value=["yes"], label="Reference", elem_id="hs-reference"
             )
     with gr.Accordion("More", open=False, elem_id="hs-more"), gr.Row():
-        guidance = gr.Number(
-            None, label="Guidance", info="0 to 30; empty takes what each method was made for", elem_id="hs-guidance"
-        )
+        # Text, since Gradio's number field turns empty into 0 when it is first shown, and 0 is a guidance.
+        guidance = gr.Textbox(
+            "", label="Guidance", info="0 to 30; empty takes what each method was made for", elem_id="hs-guidance",
+            max_lines=1,
+        )  # fmt: skip
         negative = gr.Textbox(
             "", label="Negative prompt", info="What should not be there; counts with a guidance above 1",
             elem_id="hs-negative", max_lines=2,
@@ -174,13 +179,13 @@ def _wire_past(
     forget.click(lambda: ([], []), None, [past, history], **QUIET)
 
 
-def comparison(screen: Screen) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
+def comparison(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], None]]:
     """The function behind Compare, a generator; closing it ends the computation at the next network call."""
 
     async def run(
         prompt: Any, seed: Any, steps: Any, names: Any, reference: Any, guidance: Any, negative: Any, trail: Any,
         past: Any,
-    ) -> AsyncIterator[tuple[Any, ...]]:  # fmt: skip
+    ) -> AsyncGenerator[tuple[Any, ...], None]:  # fmt: skip
         try:
             request = Request(prompt, seed, steps, _or_none(guidance), negative_prompt=negative or "")
             cells = plan(request, _names(names), screen.methods, screen.reference if reference else None)
@@ -189,8 +194,9 @@ def comparison(screen: Screen) -> Callable[..., AsyncIterator[tuple[Any, ...]]]:
             return
         board = Board(cells, permalink(request, _names(names), bool(reference)))
         yield "", board.state, board.panels, gr.skip(), gr.skip()
-        async for _ in board.follow(stream(cells, screen.draw, trail=bool(trail))):
-            yield "", board.state, board.panels, gr.skip(), gr.skip()
+        async with aclosing(board.follow(stream(cells, screen.draw, trail=bool(trail)))) as told:
+            async for _ in told:
+                yield "", board.state, board.panels, gr.skip(), gr.skip()
         board.finish()
         kept = remember(past, request, board)
         yield "", board.state, board.panels, kept, kept
@@ -219,7 +225,7 @@ def _entries(past: Any) -> list[State]:
 
 
 def _or_none(value: Any) -> Any:
-    return None if value == "" else value
+    return None if isinstance(value, str) and not value.strip() else value
 
 
 def _names(names: Any) -> Sequence[str]:
@@ -245,7 +251,7 @@ def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:
         steps,
         names or gr.skip(),
         ([] if query["reference"] == "0" else ["yes"]) if "reference" in query else gr.skip(),
-        _figure(query.get("guidance")),
+        query.get("guidance", gr.skip()),
         query.get("negative", gr.skip()),
         steps if steps in QUICK_STEPS else gr.skip() if steps == gr.skip() else None,
     ]

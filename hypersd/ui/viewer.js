@@ -47,6 +47,7 @@
 
     begin() {
       this.ignoring = false;
+      this.shown = false;
       this.root.classList.add('hs-busy');
     }
 
@@ -55,6 +56,10 @@
       this.root.classList.remove('hs-busy');
       if (state.status === 'refused') return;
       this.tell(state.tiles);
+      if (!this.shown && this.stage.getBoundingClientRect().top > innerHeight * 0.6) {
+        this.root.scrollIntoView({ behavior: matchMedia('(prefers-reduced-motion: reduce)').matches ? 'auto' : 'smooth' });
+      }
+      this.shown = true;
       const fresh = state.tiles.length !== this.tiles.length || state.tiles.some((t, i) => label(t) !== label(this.tiles[i]));
       this.tiles = state.tiles;
       this.numbers = state.numbers;

@@ -1,0 +1,94 @@
+"""How good the embedded model is: every figure the README gives of it, into assets/emoji-measures.json.
+
+    python -m hypersd emoji measure
+
+Pictures are drawn from the committed weights at 25 steps and judged by scorer "b", which nothing is ever trained on.
+R-precision@1: among 100 labels, one of them right, how often the right one is nearest; the same question is put to the
+real pictures of the same rows, so the scorer's own mistakes cancel out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hypersd.backbone import Backbone
+from hypersd.emoji import artwork, autoencoder, scorer, teacher, words
+
+COMMAND = "python -m hypersd emoji measure"
+ASSETS = artwork.MANIFEST.parent
+ROWS = 200  # pictures a split at most
+SEEDS = 2  # drawings of every word of the synonym table
+
+
+def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> None:
+    """Measure the weights in `assets` and write emoji-measures.json and emoji-sheet.png beside them."""
+    backbone, judge = Backbone.load(assets / "emoji-sd"), scorer.load(assets / "emoji-scorer-b")
+    pictures, _, rows = artwork.load(runs / "artwork")
+    labels = sorted({r.label for r in rows})
+    pool = scorer.embed_texts(judge, labels)
+    figures: dict[str, float] = {"autoencoder_psnr_db": autoencoder_psnr(backbone, pictures, rows)}
+    for split in ("train", "composition", "concept"):
+        chosen = evenly([i for i, r in enumerate(rows) if r.split == split], ROWS)
+        own = pool[[labels.index(rows[i].label) for i in chosen]]
+        drawn = draw(backbone, [artwork.captions(rows[i])[0] for i in chosen], split)
+        for name, shown in (("generated", drawn), ("real", np.asarray(pictures[chosen]))):
+            value = scorer.r_precision(scorer.embed_pictures(judge, shown), own, pool=pool)
+            figures[f"r_precision_{split}_{name}"] = value
+    figures["synonyms_right"] = synonyms(backbone, judge, pool, labels, runs / "synonyms.png")
+    megabytes = sum(f.stat().st_size for f in assets.rglob("*.safetensors")) / 1e6
+    figures["weights_mb"] = megabytes
+    sheet = draw(backbone, teacher.SHEET_PROMPTS, "sheet")
+    autoencoder.save_grid(autoencoder.to_float(sheet), assets / "emoji-sheet.png", 8)
+    content = {"command": COMMAND, "base_sha256": backbone.sha256, "rows": ROWS, "steps": teacher.STEPS,
+               "guidance": teacher.GUIDANCE, "figures": {k: round(v, 3) for k, v in figures.items()}}  # fmt: skip
+    (assets / "emoji-measures.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for name, value in figures.items():
+        tqdm.write(f"{name:<36} {value:.3f}")
+
+
+@torch.inference_mode()
+def autoencoder_psnr(backbone: Backbone, pictures: np.ndarray, rows: Sequence[artwork.Picture]) -> float:
+    """Mean PSNR in dB over every held-out picture, whole, 128 px."""
+    held_out = [i for i, r in enumerate(rows) if r.split in ("concept", "composition")]
+    x = autoencoder.to_float(pictures[held_out])
+    y = torch.cat([autoencoder.reconstruct(backbone.vae, part) for part in x.split(16)])
+    return autoencoder.psnr_db(x, y)
+
+
+@torch.inference_mode()
+def draw(backbone: Backbone, prompts: Sequence[str], title: str, seed: int = 1, batch: int = 16) -> np.ndarray:
+    """One picture a prompt, 25 steps, all from one stream of noise. uint8 [n, 128, 128, 3]"""
+    generator, empty, done = torch.Generator().manual_seed(seed), backbone.embed([""]), []
+    for i in tqdm(range(0, len(prompts), batch), desc=title, unit="batch"):
+        states = backbone.embed(prompts[i : i + batch])
+        latents = teacher.sample(backbone.unet, backbone.schedule, states, empty, generator)
+        done.append(backbone.decode(latents).numpy())
+    return np.concatenate(done)
+
+
+def synonyms(backbone: Backbone, judge: scorer.Scorer, pool: Tensor, labels: Sequence[str], sheet: Path) -> float:
+    """Share of drawings of words outside the captions whose nearest label of all labels is one that is right."""
+    asked = list(words.MEANT)
+    right = []
+    for seed in range(1, SEEDS + 1):
+        drawn = draw(backbone, asked, f"synonyms {seed}", seed)
+        nearest = (scorer.embed_pictures(judge, drawn) @ pool.T).argmax(1).tolist()
+        right += [bool(re.search(words.MEANT[a], labels[n])) for a, n in zip(asked, nearest, strict=True)]
+    autoencoder.save_grid(autoencoder.to_float(drawn), sheet, 8)
+    sheet.with_suffix(".txt").write_text(
+        "".join(f"{a}: {labels[n]}\n" for a, n in zip(asked, nearest, strict=True)), encoding="utf-8"
+    )
+    return float(np.mean(right))
+
+
+def evenly(rows: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the rows, evenly spread."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))]

@@ -1,0 +1,84 @@
+"""The committed weights: stock diffusers reads them and draws what we draw; the figures were measured on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from hypersd import pictures
+from hypersd.backbone import Backbone
+from hypersd.emoji import artwork, scorer
+from hypersd.generate import draw
+from hypersd.methods import METHODS
+from hypersd.records import Request
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone.load("emoji")
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 1.0), (25, 4.0)])
+def test_stock_diffusers_draws_the_same_picture(backbone: Backbone, steps: int, guidance: float) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "emoji-sd", torch_dtype=torch.float32)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a happy cat, fluent style",
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    panel = draw(backbone, Request("a happy cat, fluent style", 7, steps, guidance), METHODS["base"])
+    difference = np.abs(np.asarray(theirs, np.int16) - np.asarray(pictures.to_image(panel), np.int16))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_latents_have_unit_variance_so_that_the_schedule_fits(backbone: Backbone) -> None:
+    """Known pictures drawn by the model itself: its latents must live where training put them."""
+    panel = draw(backbone, Request("red heart", 1), METHODS["base"])
+    x = torch.from_numpy(np.frombuffer(panel.pixels, np.uint8).reshape(1, 128, 128, 3).copy()).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        latents = backbone.vae.encode(x.float() / 127.5 - 1).latent_dist.mode()
+    assert 0.3 < float(latents.std()) < 2 and backbone.vae.config.scaling_factor == 1.0
+
+
+def test_a_heart_is_red_and_the_background_white(backbone: Backbone) -> None:
+    panel = draw(backbone, Request("red heart", 3), METHODS["base"])
+    picture = np.frombuffer(panel.pixels, np.uint8).reshape(128, 128, 3).astype(int)
+    assert (picture[:6, :6].min() > 225) and (picture[-6:, -6:].min() > 225)
+    red, green, blue = picture[56:72, 48:80].reshape(-1, 3).mean(0)
+    assert red > 150 and green < 110 and blue < 130
+
+
+def test_the_figures_were_measured_on_these_weights(backbone: Backbone) -> None:
+    measures = json.loads((ASSETS / "emoji-measures.json").read_text())
+    assert measures["base_sha256"] == backbone.sha256
+    assert (ASSETS / "emoji-sheet.png").exists()
+
+
+def test_the_scorers_tell_labels_apart(backbone: Backbone) -> None:
+    """Both know a red heart from other things, and they are not the same network."""
+    labels = ["red heart", "rocket", "pizza", "cat face", "evergreen tree", "automobile"]
+    panel = draw(backbone, Request("red heart", 3), METHODS["base"])
+    picture = np.frombuffer(panel.pixels, np.uint8).reshape(1, 128, 128, 3)
+    scores = []
+    for name in ("a", "b"):
+        judge = scorer.load(ASSETS / f"emoji-scorer-{name}")
+        score = scorer.embed_pictures(judge, picture) @ scorer.embed_texts(judge, labels).T
+        assert labels[int(score.argmax())] == "red heart"
+        scores.append(score)
+    assert not torch.allclose(scores[0], scores[1])
+
+
+def test_every_pack_is_credited() -> None:
+    credits = (ASSETS / "CREDITS.md").read_text()
+    for pack in artwork.PACKS:
+        assert pack.credit.split(" by ")[0] in credits and pack.licence in credits

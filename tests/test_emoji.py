@@ -1,0 +1,128 @@
+"""The parts that made the embedded model: each resumes to the bit after kill -9, and does what its formulas say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from parts import PARTS, UPDATES, synthetic
+from torch import Tensor
+
+from hypersd import checkpoint
+from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, teacher
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    synthetic(folder)
+    return folder
+
+
+def train(part: str, runs: Path, folder: Path) -> subprocess.Popen[bytes]:
+    program = [sys.executable, str(Path(__file__).with_name("parts.py")), part, str(runs), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said.decode()[-2000:]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_killed_part_resumes_to_the_same_bytes(part: str, runs: Path, tmp_path: Path) -> None:
+    unbroken = train(part, runs, tmp_path / "unbroken")
+    finish(unbroken)
+    killed = train(part, runs, tmp_path / "killed")
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed").glob("checkpoints/step-*")):
+        assert killed.poll() is None and time.monotonic() < deadline, "ended or hung before its first checkpoint"
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    at = checkpoint.latest(tmp_path / "killed" / "checkpoints")
+    assert at is not None and 0 < at.step <= UPDATES
+    finish(train(part, runs, tmp_path / "killed"))
+    ends = [
+        checkpoint.sha256(tmp_path / run / "checkpoints" / f"step-{UPDATES:08d}" / "tensors.safetensors")
+        for run in ("unbroken", "killed")
+    ]
+    assert ends[0] == ends[1]
+
+
+def test_normalising_is_exact_and_gives_unit_latents(runs: Path) -> None:
+    torch.manual_seed(1)
+    vae = autoencoder.network().eval()
+    pictures = artwork.load(runs / "artwork")[0]
+    x = autoencoder.to_float(pictures)
+    with torch.inference_mode():
+        before = autoencoder.reconstruct(vae, x)
+    autoencoder.normalise(vae, autoencoder.encode_all(vae, pictures))
+    latents = autoencoder.encode_all(vae, pictures)
+    with torch.inference_mode():
+        torch.testing.assert_close(autoencoder.reconstruct(vae, x), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), rtol=1e-3, atol=1e-3)
+
+
+def test_psnr_of_a_known_error() -> None:
+    x = torch.zeros(2, 3, 8, 8)
+    assert autoencoder.psnr_db(x, x + 0.2) == pytest.approx(20.0, abs=1e-4)  # an error of 0.1 of the full range
+
+
+def test_decoder_stage_leaves_the_encoder_alone(runs: Path) -> None:
+    objective, _ = PARTS["decoder"](runs)
+    assert isinstance(objective, decoder.Decoding)
+    frozen = [n for n, p in objective.vae.named_parameters() if not p.requires_grad]
+    assert frozen and all(n.startswith(("encoder.", "quant_conv.")) for n in frozen)
+    assert not any(
+        n.startswith(("encoder.", "quant_conv.")) for n, p in objective.vae.named_parameters() if p.requires_grad
+    )
+
+
+def test_captions_are_dropped_and_styled_as_often_as_said(runs: Path) -> None:
+    objective, _ = PARTS["teacher"](runs)
+    assert isinstance(objective, teacher.Denoising)
+    data, generator = objective.data, torch.Generator().manual_seed(0)
+    rows = data.train.repeat(400)
+    states = objective.states(rows, generator)
+    empty = torch.from_numpy(data.states[data.empty]).float()
+    styled = torch.stack([torch.from_numpy(data.states[data.captions[r][0]]).float() for r in rows])
+
+    def share(texts: Tensor) -> float:
+        return float((states == texts).flatten(1).all(1).float().mean())
+
+    assert share(empty) == pytest.approx(teacher.EMPTY, abs=0.03)
+    assert share(styled) == pytest.approx((1 - teacher.EMPTY) * teacher.STYLED, abs=0.03)
+
+
+def test_sampling_with_a_network_that_knows_the_answer_returns_it() -> None:
+    """A v-network built around one clean latent leads every noise to it, whatever the guidance."""
+    schedule = teacher.Schedule.from_config(teacher.scheduler().config)
+    answer = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    class Oracle(torch.nn.Module):
+        def forward(self, x_t: Tensor, t: int, states: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+            alpha, sigma = schedule.level(t)
+            return ((alpha * x_t - answer) / sigma,)
+
+    z = teacher.sample(Oracle(), schedule, torch.zeros(3, 32, 256), torch.zeros(1, 32, 256), torch.Generator())
+    alpha, sigma = schedule.level(-1)
+    assert float((z - alpha * answer).abs().max()) < 6 * float(sigma)  # the last step stops at alphas_cumprod[0]
+
+
+def test_assembling_names_the_part_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(artwork.ArtworkError, match="python -m hypersd emoji autoencoder"):
+        assemble.make(tmp_path, assets=tmp_path)
+
+
+def test_evenly_takes_at_most_so_many_in_order() -> None:
+    assert measure.evenly(list(range(10)), 4) == [0, 3, 6, 9]
+    assert measure.evenly([5, 7], 4) == [5, 7]

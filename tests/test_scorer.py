@@ -1,0 +1,199 @@
+"""The scorers: R-precision on known answers, the loss, learning, and what is read back from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_text import TEXTS
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from hypersd.emoji import artwork, scorer, text
+from hypersd.train import Recipe, Run, Step
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "black": (20, 20, 20)}
+
+
+def towers(seed: int = 0) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+    torch.manual_seed(seed)
+    tokenizer = text.tokenizer_for([*TEXTS, *COLOURS], 600)
+    tower = CLIPTextModelWithProjection(text.config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
+    tower.text_model.requires_grad_(False)
+    return tower, tokenizer
+
+
+def squares() -> tuple[np.ndarray, list[artwork.Picture]]:
+    """Coloured squares of several sizes on white, the largest held out."""
+    pictures, rows = [], []
+    for colour, rgb in COLOURS.items():
+        for size in (30, 40, 50, 60, 70, 80):
+            picture = np.full((128, 128, 3), 255, np.uint8)
+            picture[64 - size // 2 : 64 + size // 2, 64 - size // 2 : 64 + size // 2] = rgb
+            pictures.append(picture)
+            split = "composition" if size == 80 else "concept" if size == 70 else "train"
+            rows.append(
+                artwork.Picture(
+                    f"p/{colour}{size}",
+                    colour,
+                    "flat",
+                    colour,
+                    (f"{colour} square",),
+                    "symbols",
+                    split,
+                    f"{len(rows):x}",
+                )
+            )
+    return np.stack(pictures), rows
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, scorer.Scorer]:
+    made = scorer.Scorer(scorer.image_tower(), *towers()).eval()
+    for p in made.parameters():
+        p.data = p.data.half().float()
+    folder = tmp_path_factory.mktemp("scorer")
+    scorer.export(made, folder)
+    return folder, made
+
+
+# -------------------------------------------------------------------------------------------------- R-precision
+
+
+def test_r_precision_of_perfect_pairs_is_one() -> None:
+    assert scorer.r_precision(torch.eye(120), torch.eye(120)) == 1.0
+
+
+def test_r_precision_of_swapped_pairs_is_zero_when_all_are_candidates() -> None:
+    assert scorer.r_precision(torch.eye(100), torch.eye(100).roll(1, 0)) == 0.0
+
+
+def test_r_precision_of_noise_is_chance() -> None:
+    generator = torch.Generator().manual_seed(3)
+    pictures, texts = torch.randn(2, 1500, 8, generator=generator)
+    assert scorer.r_precision(pictures, texts, candidates=10) == pytest.approx(0.1, abs=0.025)
+
+
+def test_r_precision_shares_ties() -> None:
+    pictures = torch.zeros(50, 8)  # indifferent to every text
+    texts = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert scorer.r_precision(pictures, texts, candidates=20) == pytest.approx(1 / 20)
+
+
+def test_r_precision_depends_on_the_seed_alone() -> None:
+    generator = torch.Generator().manual_seed(4)
+    texts = torch.randn(200, 16, generator=generator)
+    pictures = texts + 2 * torch.randn(200, 16, generator=generator)
+    first = scorer.r_precision(pictures, texts, candidates=20, seed=1)
+    assert first == scorer.r_precision(pictures, texts, candidates=20, seed=1)
+    assert any(first != scorer.r_precision(pictures, texts, candidates=20, seed=s) for s in range(2, 8))
+
+
+def test_r_precision_never_draws_the_same_text_twice_over() -> None:
+    texts = torch.eye(40).repeat(3, 1)  # every text three times
+    assert scorer.r_precision(texts, texts, candidates=40) == 1.0
+    with pytest.raises(ValueError, match="41 candidates need 40 other texts, there are 39"):
+        scorer.r_precision(torch.eye(40), torch.eye(40), candidates=41)
+
+
+def test_r_precision_draws_from_the_pool() -> None:
+    pool = torch.cat([torch.eye(4), -torch.eye(4)])
+    assert scorer.r_precision(torch.eye(4)[:1], torch.eye(4)[:1], candidates=8, pool=pool) == 1.0
+    assert scorer.r_precision(torch.eye(4)[:1], torch.eye(4)[1:2], candidates=8, pool=pool) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ the loss
+
+
+def test_matching_loss_reaches_the_entropy_of_its_targets() -> None:
+    concepts = torch.tensor([0, 0, 1, 2])
+    ideal = torch.eye(3)[concepts]
+    at_best = scorer.matching_loss(ideal, ideal, torch.tensor(20.0), concepts)  # the scale is cut at 100
+    assert float(at_best) == pytest.approx(0.5 * np.log(2), abs=1e-4)
+    assert scorer.matching_loss(ideal, ideal.roll(1, 0), torch.tensor(3.0), concepts) > at_best + 1
+
+
+def test_augment_keeps_white_white_and_depends_on_its_generator() -> None:
+    x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    once, again, other = (scorer.augment(x, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+    assert once.shape == x.shape
+    assert once.abs().max() <= 1
+    white = scorer.augment(torch.ones(8, 3, 64, 64), torch.Generator().manual_seed(1))
+    assert white.mean(dim=(1, 2, 3)).min() > 0.5  # a little darker and noisier, no black borders
+    assert white[:, :, :4].mean(dim=(1, 2, 3)).sub(white.mean(dim=(1, 2, 3))).abs().max() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------ learning
+
+
+def test_it_learns_colours(tmp_path: Path) -> None:
+    pictures, rows = squares()
+    recipe = Recipe(updates=30, batch=16, lr=2e-3, warmup=5, ema=0.8)
+    objective = scorer.Matching(pictures, rows, None, towers(), recipe)
+    run = Run(objective, recipe, tmp_path)
+    for _ in range(recipe.updates):
+        run.update()
+    with run.averaged():
+        names = list(COLOURS)
+        texts = scorer.embed_texts(objective.scorer, names)
+        shown = scorer.embed_pictures(objective.scorer, pictures[[i for i, r in enumerate(rows) if r.split != "train"]])
+    assert (shown @ texts.T).argmax(1).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_halves_share_no_picture_and_hold_no_held_out_one() -> None:
+    pictures, rows = squares()
+    a, b = (scorer.Matching(pictures, rows, half, towers()) for half in (0, 1))
+    assert not set(a.train) & set(b.train)
+    assert {rows[i].split for i in [*a.train, *b.train]} == {"train"}
+    assert len(a.train) + len(b.train) == 16
+    assert a.describe() != b.describe()
+
+
+def test_the_text_trunk_stays_as_it_was() -> None:
+    pictures, rows = squares()
+    objective = scorer.Matching(pictures, rows, None, towers(), Recipe(updates=1, batch=8, lr=1e-3))
+    ((_, loss),) = objective.losses(Step(0, objective.recipe))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in objective.scorer.text.text_model.parameters())
+    for p in (
+        objective.scorer.text.text_projection.weight,
+        objective.scorer.image.classifier[1].weight,
+        objective.scorer.scale,
+    ):
+        assert p.grad is not None
+        assert p.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------- export and reading
+
+
+def test_what_is_read_back_scores_alike(exported: tuple[Path, scorer.Scorer]) -> None:
+    folder, made = exported
+    loaded = scorer.load(folder)
+    pictures = squares()[0][:3]
+    torch.testing.assert_close(scorer.embed_pictures(loaded, pictures), scorer.embed_pictures(made, pictures))
+    torch.testing.assert_close(scorer.embed_texts(loaded, TEXTS), scorer.embed_texts(made, TEXTS))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_texts_are_padded_without_effect(exported: tuple[Path, scorer.Scorer]) -> None:
+    made = exported[1]
+    with torch.inference_mode():
+        full = made.texts(text.tokens(made.tokenizer, TEXTS))
+    torch.testing.assert_close(scorer.embed_texts(made, TEXTS, batch=3), full, atol=1e-5, rtol=1e-4)
+
+
+def test_any_size_of_picture_and_gradients_for_a_reward(exported: tuple[Path, scorer.Scorer]) -> None:
+    made = scorer.load(exported[0])
+    x = torch.rand(2, 3, 96, 96, requires_grad=True)
+    made.pictures(x).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_missing_scorer_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(artwork.ArtworkError, match="python -m hypersd emoji scorer"):
+        scorer.load(tmp_path)
