@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypersd import ui
+from hypersd import hosting, ui
 from hypersd.engine import Engine
 from hypersd.methods import METHODS
 
 
-def load() -> Any:
+def load(device: str) -> Any:
     from hypersd.backbone import Backbone
 
-    return Backbone.load("emoji")
+    return Backbone.load("emoji", device=device)
 
 
 if __name__ == "__main__":
-    engine = Engine(load, METHODS)
+    on_gpu = hosting.gpu_draw(METHODS)  # None but on Hugging Face's lent GPUs
+    engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), METHODS, on_gpu)
     demo = ui.build(engine, METHODS)
     ui.serve(demo, prevent_thread_lock=True)
-    engine.warm_up()
+    if not on_gpu:  # lent to visitors only
+        engine.warm_up()
     demo.block_thread()

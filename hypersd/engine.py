@@ -6,6 +6,7 @@ Nothing heavy is imported before the weights are wanted, so a page can answer wh
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import logging
 import threading
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hypersd.records import InputError, Panel, Request, digest
+from hypersd.sweep import MethodRow, Pace
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,13 @@ class Progress:
 @dataclass(frozen=True)
 class Drawing:
     """A panel, the picture its network had in mind after each step (RGB bytes of the panel's size), and whether the
-    pixels were kept from an earlier equal request. `trail` is empty unless it was asked for."""
+    pixels were kept from an earlier equal request. `trail` is empty unless it was asked for; `unread` is the end of
+    the prompt that the model has no room for."""
 
     panel: Panel
     trail: tuple[bytes, ...] = ()
     kept: bool = False
+    unread: str = ""
 
     @property
     def size(self) -> int:
@@ -53,9 +57,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Watch:
-    """How a caller follows a drawing: `progress` is called after each step; when `stop()` turns true, it ends."""
+    """How a caller follows a drawing: `progress` is called after each step, `loading` if the weights are not in
+    memory yet; when `stop()` turns true, it ends."""
 
     progress: Callable[[Progress], None] = lambda progress: None
+    loading: Callable[[], None] = lambda: None
     stop: Callable[[], bool] = lambda: False
     trail: bool = False
 
@@ -64,19 +70,15 @@ UNWATCHED = Watch()
 
 
 class Draw(Protocol):
-    """What the screens need of an engine. Raises InputError for what a person can mend, Stopped after `stop`."""
+    """What the screens need of an engine. Raises InputError for what a person can mend, Stopped after `stop`.
 
+    `pace` is learned from what was drawn; `has` says whether an equal picture is there already.
+    """
+
+    @property
+    def pace(self) -> Pace: ...
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing: ...
-
-
-class MethodRow(Protocol):
-    """What is read here of a row of METHODS; `methods.base.Method` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    def check(self, request: Request) -> None: ...
+    def has(self, request: Request, method: str) -> bool: ...
 
 
 class Engine:
@@ -97,6 +99,7 @@ class Engine:
         keep_bytes: int = 64 << 20,
     ) -> None:
         self.methods = methods
+        self.pace = Pace()
         self._load, self._draw = load, draw
         self._backbone: Any = None
         self._turn = threading.Lock()  # held while loading and while drawing: visitors queue instead of sharing cores
@@ -131,14 +134,22 @@ class Engine:
         row.check(request)
         if self.ready and (found := self._found(request, row, watch)):
             return found
+        if not self.ready:
+            watch.loading()
         with _Turn(self._turn, watch.stop):
             if not self.ready:
                 self._backbone = self._loaded()
             if found := self._found(request, row, watch):  # drawn by somebody else while we waited
                 return found
             drawing = self._drawn(request, row, watch)
+            self.pace.note(drawing.panel)
             self._shelf.put(self._key(request, row), drawing)
             return drawing
+
+    def has(self, request: Request, method: str) -> bool:
+        """Whether this picture would be handed out without drawing."""
+        row = self.methods.get(method)
+        return self.ready and row is not None and self._shelf.get(self._key(request, row)) is not None
 
     def _key(self, request: Request, row: MethodRow) -> str:
         return hashlib.sha256(f"{digest(request)} {row!r} {self._backbone.sha256}".encode()).hexdigest()
@@ -172,7 +183,7 @@ class Engine:
             watch.progress(Progress(info.index + 1, info.total))
 
         panel = self._painter()(self._backbone, request, row, on_step=on_step)
-        return Drawing(panel, tuple(_decoded(steps, watch)))
+        return Drawing(panel, tuple(_decoded(steps, watch)), unread=self._backbone.truncated(request.prompt))
 
     def _painter(self) -> Callable[..., Panel]:
         if self._draw is None:
@@ -242,9 +253,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class News:
-    """Something happened to cell number `cell`: a step was made, it is finished, or it cannot be."""
+    """Something happened to cell number `cell`: it waits for the weights, a step was made, it is finished, or it
+    cannot be."""
 
     cell: int
+    loading: bool = False
     progress: Progress | None = None
     drawing: Drawing | None = None
     problem: str = ""
@@ -297,7 +310,8 @@ async def stream(
         except RuntimeError:  # the server is gone, so nobody listens
             stop.set()
 
-    threading.Thread(target=_work, args=(cells, draw, trail, tell, stop), name="comparison", daemon=True).start()
+    run = contextvars.copy_context().run  # where GPUs are lent, the context says to whom
+    threading.Thread(target=run, args=(_work, cells, draw, trail, tell, stop), name="drawing", daemon=True).start()
     over = False
     try:
         while not over:
@@ -342,8 +356,9 @@ def _draw_one(
     def progress(made: Progress) -> None:
         tell(News(number, progress=made))
 
+    watch = Watch(progress, lambda: tell(News(number, loading=True)), stop.is_set, trail)
     try:
-        return News(number, drawing=draw(cell.request, cell.method, Watch(progress, stop.is_set, trail)))
+        return News(number, drawing=draw(cell.request, cell.method, watch))
     except InputError as problem:
         return News(number, problem=str(problem))
     except Stopped:

@@ -108,7 +108,7 @@ class Run:
         self.objective, self.recipe, self.folder = objective, recipe, folder
         self.networks = objective.modules()
         self.optimizers = {
-            name: torch.optim.AdamW(_trainable(m), lr=recipe.lr, weight_decay=recipe.weight_decay)
+            name: torch.optim.AdamW(_trainable(m), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
             for name, m in self.networks.items()
         }
         self.average = {

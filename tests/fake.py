@@ -1,4 +1,4 @@
-"""Stand-ins for the engine: a painter of flat colours that takes as long as it is told, and rows of methods."""
+"""Stand-ins for the engine: a painter of flat colours that takes as long as it is told."""
 
 from __future__ import annotations
 
@@ -16,38 +16,14 @@ from dataclasses import dataclass, field
 
 import gradio as gr
 import pytest
+from rows import METHODS
 
 from hypersd import ui
 from hypersd.engine import UNWATCHED, Drawing, Progress, Stopped, Watch
-from hypersd.records import InputError, Panel, Request, digest
+from hypersd.records import Panel, Request, digest
+from hypersd.sweep import Pace
 
 SIDE = 64
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    title: str
-    low: int = 1
-    high: int = 100
-    guidance: float = 1.0
-    eta: float = 0.0
-    sampler: str = "DDIM"
-
-    def check(self, request: Request) -> None:
-        if not self.low <= request.steps <= self.high:
-            raise InputError(f"{self.name} was made for {self.low}-{self.high} steps, got {request.steps}; choose more")
-
-
-METHODS = {
-    row.name: row
-    for row in (
-        Row("base", "Base model", guidance=4.0),
-        Row("lcm", "LCM", 1, 8, sampler="LCM"),
-        Row("tcd", "TCD", 2, 8, eta=0.3, sampler="TCD"),
-        Row("hyper", "Hyper-SD", 1, 8, eta=1.0, sampler="TCD"),
-    )
-}
 
 
 @dataclass
@@ -59,9 +35,15 @@ class Painter:
     stops: list[str] = field(default_factory=list)
     steps: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    pace: Pace = field(default_factory=Pace)
+    kept: dict[str, Panel] = field(default_factory=dict)
+    keep: bool = False  # whether to remember pictures, as the engine does
+    unread: str = ""
 
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
         METHODS[method].check(request)
+        if self.has(request, method):
+            return Drawing(self.kept[method + digest(request)], kept=True)
         with self.lock:
             self.calls.append(f"{method} {request.steps}")
             for step in range(request.steps):
@@ -72,7 +54,13 @@ class Painter:
                     raise Stopped
                 watch.progress(Progress(step + 1, request.steps))
         panel = paint(request, method)
-        return Drawing(panel, (panel.pixels,) * request.steps if watch.trail else ())
+        self.pace.note(panel)
+        if self.keep:
+            self.kept[method + digest(request)] = panel
+        return Drawing(panel, (panel.pixels,) * request.steps if watch.trail else (), unread=self.unread)
+
+    def has(self, request: Request, method: str) -> bool:
+        return method + digest(request) in self.kept
 
 
 def paint(request: Request, method: str) -> Panel:

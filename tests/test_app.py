@@ -13,15 +13,18 @@ from typing import Any
 import gradio as gr
 import pytest
 import requests
-from fake import METHODS, Painter, address, eventually, no_loops_left, paint, served
+from fake import Painter, address, eventually, no_loops_left, paint, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from PIL import Image
+from rows import METHODS
 
 from hypersd import pictures, ui
+from hypersd.engine import UNWATCHED, Drawing, Watch
 from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Panel, Request
-from hypersd.ui import prompts
+from hypersd.ui import prompts, sweep
 from hypersd.ui.board import distances, permalink
-from hypersd.ui.compare import Screen, comparison, remember, restore
+from hypersd.ui.compare import Screen, comparison, facts_of, parcel_of, remember, restore
 
 __all__ = ["no_loops_left"]  # a fixture that runs by itself
 SKIPPED = gr.skip()
@@ -92,8 +95,8 @@ def test_other_sites_may_not_call(demo: gr.Blocks) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_only_compare_is_public(client: Client) -> None:
-    assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/compare"]
+def test_two_endpoints_are_public(client: Client) -> None:
+    assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/compare", "/sweep"]
 
 
 def test_the_queue_cannot_be_skipped(demo: gr.Blocks) -> None:
@@ -125,8 +128,8 @@ def test_panels_come_one_by_one_and_the_last_word_is_complete() -> None:
     finished = [sum(tile["phase"] == "done" for tile in state["tiles"]) for _, state, *_ in told]
     assert finished == sorted(finished)
     assert {0, 1, 2, 3} == set(finished)
-    *_, (notice, state, panels, past, history) = told
-    assert (notice, state["status"], len(panels)) == ("", "done", 3)
+    *_, (notice, state, taken, past, history) = told
+    assert (notice, state["status"], len(taken.panels)) == ("", "done", 3)
     assert [(t["method"], t["facts"]["steps"], t["reference"]) for t in state["tiles"]] == [
         ("base", 4, False), ("lcm", 4, False), ("base", 25, True)]  # fmt: skip
     assert past == history == [past[0]]
@@ -167,9 +170,9 @@ def test_a_method_that_cannot_says_so_in_its_panel_and_the_others_go_on() -> Non
 
 
 def test_pictures_are_lossless_and_carry_their_provenance() -> None:
-    *_, (_, state, panels, *_) = press(Painter())
+    *_, (_, state, taken, *_) = press(Painter())
     file = io.BytesIO(base64.b64decode(state["tiles"][1]["src"].split(",")[1]))
-    assert pictures.read_png(file) == panels[1] == paint(Request("a cat", 1, 4), "lcm")
+    assert pictures.read_png(file) == taken.panels[1] == paint(Request("a cat", 1, 4), "lcm")
 
 
 def test_the_strip_holds_a_picture_of_each_step() -> None:
@@ -243,10 +246,140 @@ def test_missing_weights_are_a_sentence() -> None:
 
 
 def test_numbers_between_panels_are_the_metrics() -> None:
-    *_, (_, state, panels, *_) = press(Painter())
+    *_, (_, state, taken, *_) = press(Painter())
+    panels = taken.panels
     assert set(state["numbers"]) == {"0-1", "0-2", "1-2"}
     assert state["numbers"]["0-2"] == distances(panels[0], panels[2])
     assert distances(panels[0], panels[0]) == {"mae": 0.0, "psnr": None, "ssim": 1.0}
+
+
+def test_what_takes_time_or_is_cut_off_is_said_in_the_panel() -> None:
+    def slow(request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
+        watch.loading()
+        return Drawing(paint(request, method), unread="and a very long tail")
+
+    told = press(slow, names=("base",), reference=())  # type: ignore[arg-type]
+    phases = list(dict.fromkeys(state["tiles"][0]["phase"] for _, state, *_ in told))
+    assert phases in (["waiting", "loading", "done"], ["waiting", "done"])
+    assert told[-1][1]["tiles"][0]["unread"] == "and a very long tail"
+
+
+# Take it along
+
+
+def unpacked(parcel: dict[str, Any]) -> bytes:
+    return base64.b64decode(parcel["src"].split(",")[1])
+
+
+def test_a_contact_sheet_and_its_json_say_the_same() -> None:
+    *_, (_, state, taken, *_) = press(Painter())
+    (_, picture), (_, facts) = parcel_of(taken), facts_of(taken)
+    assert (picture["name"], facts["name"]) == ("hypersd-seed-1.png", "hypersd-seed-1.json")
+    known = json.loads(unpacked(facts))
+    assert known["panels"] == [tile["facts"] for tile in state["tiles"]]
+    assert (known["title"], known["link"]) == ("a cat · seed 1", state["link"])
+    with Image.open(io.BytesIO(unpacked(picture))) as sheet:
+        assert json.loads(sheet.info[pictures.CHUNK]) == known
+        assert sheet.width > 3 * 256
+
+
+def test_without_pictures_there_is_nothing_to_take_along() -> None:
+    for taken in (None, pictures.Sheet([]), pictures.Sheet([None])):
+        assert parcel_of(taken) == facts_of(taken)
+        assert "draw something first" in parcel_of(taken)[0]
+
+
+# Sweeps
+
+
+def grid(
+    painter: Any, texts: Any = "a cat", seeds: Any = "1", steps: Any = "1, 2", names: Any = None, guidance: Any = "",
+    negative: Any = "",
+) -> list[Any]:  # fmt: skip
+    """All that the page is told after a press of "Draw the grid"."""
+    chosen = ["base", "tcd"] if names is None else names
+    return everything(sweep.sweeping(screen(painter))(texts, seeds, steps, chosen, guidance, negative))
+
+
+def test_a_grid_fills_row_by_row_and_says_what_cannot_be() -> None:
+    painter = Painter(0.01)
+    told = grid(painter)
+    assert painter.calls == ["base 1", "base 2", "tcd 2"]
+    finished = [sum(tile["phase"] == "done" for tile in state["tiles"]) for _, state, _ in told]
+    assert (finished, set(finished)) == (sorted(finished), {0, 1, 2, 3})
+    *_, (notice, state, taken) = told
+    assert (notice, state["status"], state["columns"], state["numbers"]) == ("", "done", [1, 2], {})
+    assert [row["title"] for row in state["rows"]] == ["Base model", "TCD"]
+    assert [tile["phase"] for tile in state["tiles"]] == ["done", "done", "problem", "done"]
+    assert "tcd was made for 2-8 steps, got 1" in state["tiles"][2]["text"]
+    assert [panel and panel.method for panel in taken.panels] == ["base", "base", None, "tcd"]
+    assert (taken.rows, taken.heads) == (["Base model", "TCD"], ["1 step", "2 steps"])
+
+
+def test_a_stopped_grid_keeps_its_pictures_and_the_next_run_fills_the_rest() -> None:
+    painter = Painter(0.02, keep=True)
+
+    async def leave_early() -> None:
+        told = sweep.sweeping(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "")
+        async for _, state, _ in told:
+            if sum(tile["phase"] == "done" for tile in state["tiles"]) >= 2:
+                break
+        await told.aclose()
+
+    asyncio.run(leave_early())
+    eventually(lambda: painter.stops)
+    price = sweep.estimate(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "")
+    assert "4 pictures, 36 network calls" in price
+    assert "2 pictures drawn before" in price
+    painter.calls.clear()
+    *_, (_, state, _) = grid(painter, seeds="1-3", steps="1, 8", names=["base"])
+    assert [tile["kept"] for tile in state["tiles"]] == [True, True, False, False, False, False]
+    assert painter.calls == ["base 1", "base 8", "base 1", "base 8"]
+    assert "Nothing left to draw" in sweep.estimate(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "")
+
+
+def test_the_price_is_told_before_and_becomes_seconds_once_something_was_drawn() -> None:
+    painter = Painter()
+    price = sweep.estimate(screen(painter))
+    asked = ("a cat\na dog", "1, 2", "1 2 4", ["lcm"], "", "")
+    assert "12 pictures, 28 network calls, time not known before the first picture" in price(*asked)
+    grid(painter, names=["lcm"], steps="8")
+    assert "12 pictures, 28 network calls, less than a second" in price(*asked)
+    assert "Steps are missing" in price("a cat", "1", "", ["lcm"], "", "")
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    ({"texts": ""}, "Prompt is empty"), ({"texts": None}, "Prompts must be text, one a line, got NoneType"),
+    ({"steps": "a"}, "Steps must be a whole number"), ({"seeds": "1-9000"}, "These are 9,000 seeds, at most 64"),
+    ({"seeds": "1-20"}, "This grid has 80 pictures, at most 64 are allowed"), ({"names": []}, "No method is chosen"),
+    ({"names": "base"}, "Methods must be a list"), ({"guidance": "much"}, "Guidance must be a number"),
+    ({"negative": 7}, "Negative prompt must be text"),
+], ids=str)  # fmt: skip
+def test_a_grid_that_cannot_be_is_a_sentence_and_nothing_else_changes(given: dict[str, Any], sentence: str) -> None:
+    painter = Painter()
+    [(notice, state, taken)] = grid(painter, **given)
+    assert sentence in notice
+    assert (state, taken, painter.calls) == ({"status": "refused"}, SKIPPED, [])
+
+
+def test_a_sweeps_link_restores_it() -> None:
+    from urllib.parse import parse_qsl
+
+    *_, (_, state, taken) = grid(Painter(), "a cat & co\na 🐕?", "3, 1-2", "4 2", ["tcd", "lcm"], "2.5", "red")
+    query = dict(parse_qsl(state["link"][1:]))
+    assert taken.link == state["link"]
+    assert sweep.restore(query, list(METHODS)) == ["a cat & co\na 🐕?", "3,1,2", "2,4", ["lcm", "tcd"], "2.5", "red"]
+    assert restore(query, list(METHODS)) == [SKIPPED] * 8  # the comparison's form stays as it is
+    assert sweep.restore({"prompt": "a comparison"}, list(METHODS)) == [SKIPPED] * 6
+
+
+def test_both_screens_offer_the_same_methods_and_one_method_is_enough(demo: gr.Blocks) -> None:
+    ticked = [b["props"]["value"] for b in demo.config["components"] if b["props"].get("label") == "Methods"]
+    assert ticked == [list(METHODS)] * 2
+    alone = ui.build(Painter(), {"base": METHODS["base"]}, credits="").config["components"]
+    fields = {b["props"].get("elem_id"): b["props"] for b in alone}
+    assert not fields["hs-sweep-methods"]["visible"]
+    assert fields["hs-sweep-prompts"]["value"].count("\n") == 2
 
 
 # Links and history
@@ -312,6 +445,40 @@ def test_api_is_documented_with_types(client: Client) -> None:
                      "guidance": "None | float", "negative_prompt": "str", "reference": "bool"}  # fmt: skip
     assert [r["python_type"]["type"].split("[")[0] for r in told["returns"]] == ["list"]
     assert "one noise" in told["description"]
+
+
+def test_api_draws_grids(client: Client) -> None:
+    given = {"prompts": ["a dog", "a cat"], "steps": [2, 1], "seeds": [3], "methods": ["tcd"]}
+    job = client.submit(**given, api_name="/sweep")
+    squares = job.result(timeout=60)
+    assert [(s["prompt"], s["seed"], s["steps"], s["calls"]) for s in squares] == [
+        ("a dog", 3, 1, 0), ("a dog", 3, 2, 2), ("a cat", 3, 1, 0), ("a cat", 3, 2, 2)]  # fmt: skip
+    assert [bool(s["problem"]) for s in squares] == [True, False, True, False]
+    assert "__type__" not in json.dumps(squares)
+    file = io.BytesIO(base64.b64decode(squares[3]["png"].split(",")[1]))
+    assert pictures.read_png(file) == paint(Request("a cat", 3, 2), "tcd")
+    with pytest.raises(AppError, match="at most 64 are allowed"):
+        client.predict(["a dog"], list(range(1, 9)), list(range(9)), api_name="/sweep")
+
+
+def test_api_documents_grids_with_types(client: Client) -> None:
+    told = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/sweep"]
+    types = {p["parameter_name"]: p["python_type"]["type"] for p in told["parameters"]}
+    assert types == {"prompts": "list[str]", "steps": "list[int]", "seeds": "list[int]", "methods": "None | list[str]",
+                     "guidance": "None | float", "negative_prompt": "str"}  # fmt: skip
+    assert "at most 64" in told["description"]
+
+
+def test_mcp_is_offered_only_when_asked_for_and_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not ui._mcp()
+    monkeypatch.setenv("GRADIO_MCP_SERVER", "True")
+    monkeypatch.setattr(ui, "find_spec", lambda name: None)
+    assert not ui._mcp()
+    assert "pip install" in caplog.text
+    monkeypatch.setattr(ui, "find_spec", lambda name: name)
+    assert ui._mcp()
 
 
 @pytest.mark.parametrize("given", [

@@ -6,6 +6,7 @@ HYPERSD_SCREENSHOTS names a folder for the screenshots; without it they go to py
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from fake import METHODS, Painter, address, eventually, no_loops_left, paint, served
+from fake import Painter, address, eventually, no_loops_left, paint, served
 from PIL import Image
+from rows import METHODS
 
 from hypersd import pictures, ui
 from hypersd.records import Request
@@ -36,7 +38,8 @@ pytestmark = [
 ]
 __all__ = ["no_loops_left"]  # a fixture that runs by itself
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-DONE = ".hs-card[data-phase=done]"
+DONE = "#hs-viewer .hs-card[data-phase=done]"
+FILLED = "#hs-grid .hs-card[data-phase=done]"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,16 @@ class Visit:
             f"document.querySelectorAll('{DONE}').length === {count} && !document.body.matches('.hs-running')"
         )
 
+    def open_sweep(self, url: str) -> None:
+        self.open(url)
+        self.page.get_by_role("tab", name="Sweep").click()
+        self.page.wait_for_selector("#hs-sweep-go")
+
+    def wait_for_grid(self, count: int) -> None:
+        self.page.wait_for_function(
+            f"document.querySelectorAll('{FILLED}').length === {count} && !document.body.matches('.hs-sweeping')"
+        )
+
     def shot(self, name: str) -> None:
         self.page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
@@ -132,7 +145,7 @@ def visiting(browser: Any, folder: Path, size: str = "desktop", scheme: str = "l
         viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone",
         permissions=["clipboard-read", "clipboard-write"],
     )  # fmt: skip
-    context.set_default_timeout(15000)
+    context.set_default_timeout(60_000)
     visitor = Visit(context.new_page(), shots)
     yield visitor
     context.close()
@@ -276,9 +289,12 @@ def test_downloads_carry_metadata_or_not(viewer: Visit) -> None:
     page.get_by_label("metadata").check()
     with page.expect_download() as third:
         page.get_by_text("Contact sheet").click()
+    with page.expect_download() as fourth:
+        page.get_by_text("JSON").click()
     with Image.open(io.BytesIO(third.value.path().read_bytes())) as sheet:
-        assert pictures.CHUNK in sheet.info
-        assert sheet.width > 5 * 64
+        assert json.loads(sheet.info[pictures.CHUNK]) == json.loads(fourth.value.path().read_text(encoding="utf-8"))
+        assert sheet.width > 5 * 256
+        sheet.save(viewer.shots / "contact-sheet.png")
 
 
 def test_a_copied_link_draws_the_same_after_a_restart(visit: Visit) -> None:
@@ -287,7 +303,7 @@ def test_a_copied_link_draws_the_same_after_a_restart(visit: Visit) -> None:
         visit.open(address(app))
         page.fill("#hs-prompt textarea", "a blue & green fish?")
         page.fill("#hs-seed input", "77")
-        page.get_by_label("Hyper-SD", exact=True).uncheck()
+        page.locator("#hs-methods").get_by_label("Hyper-SD", exact=True).uncheck()
         page.locator("#hs-quick").get_by_text("2", exact=True).click()
         visit.compare(4)
         page.get_by_text("Copy link").click()
@@ -302,7 +318,7 @@ def test_a_copied_link_draws_the_same_after_a_restart(visit: Visit) -> None:
         assert page.input_value("#hs-prompt textarea") == "a blue & green fish?"
         assert page.input_value("#hs-seed input") == "77"
         assert page.input_value("#hs-steps input") == "2"
-        assert not page.get_by_label("Hyper-SD", exact=True).is_checked()
+        assert not page.locator("#hs-methods").get_by_label("Hyper-SD", exact=True).is_checked()
         assert page.locator(DONE).first.inner_text() == before
         page.click("#hs-past > button")  # the history of the first server's time is still there
         assert "a blue & green fish?" in visit.says(".hs-past-item")
@@ -360,7 +376,7 @@ def test_keys_work_and_leave_typing_alone(visit: Visit, demo: gr.Blocks) -> None
 def test_the_strip_of_steps_can_be_looked_through(visit: Visit, demo: gr.Blocks) -> None:
     page = visit.page
     visit.open(address(demo))
-    page.get_by_text("More", exact=True).click()
+    page.click("#hs-more > button")
     page.get_by_label("Show every step").check()
     visit.compare(5)
     visit.shot("strip")
@@ -371,6 +387,84 @@ def test_the_strip_of_steps_can_be_looked_through(visit: Visit, demo: gr.Blocks)
     assert picture.get_attribute("src") != final
     page.get_by_label("Step 2 of 4").first.blur()
     assert picture.get_attribute("src") == final
+
+
+@pytest.mark.parametrize("visit", [(s, c) for s in SIZES for c in ("light", "dark")], indirect=True, ids="-".join)
+def test_a_sweep_is_priced_drawn_and_scrolled(visit: Visit, demo: gr.Blocks, request: pytest.FixtureRequest) -> None:
+    page, name = visit.page, request.node.callspec.id
+    visit.open_sweep(address(demo))
+    page.fill("#hs-sweep-steps input", "1, 2, 4")
+    page.fill("#hs-sweep-seeds input", "1-2")
+    page.wait_for_selector("#hs-sweep-cost >> text=/^22 pictures, 68 network calls/")
+    page.click("#hs-sweep-go")
+    visit.wait_for_grid(22)
+    visit.shot(f"{name}-7-sweep")
+    assert visit.fits()
+    assert page.locator("#hs-grid thead th").all_inner_texts() == ["1 step", "2 steps", "4 steps"]
+    names = [f"{row.title}\nseed {seed}" for seed in (1, 2) for row in METHODS.values()]
+    assert page.locator("#hs-grid tbody th").all_inner_texts() == names
+    assert "tcd was made for 2-8 steps, got 1" in page.locator("#hs-grid [data-phase=problem]").first.inner_text()
+    box = page.locator(".hs-lattice")
+    box.evaluate("n => n.scrollTo(200, 300)")
+    frame = box.bounding_box()
+    heads = [page.locator(f"#hs-grid {head}").last.bounding_box() for head in ("thead th", "tbody th")]
+    assert heads[0]["y"] == pytest.approx(frame["y"] + 1, abs=2)  # in sight, however far it is scrolled
+    assert heads[1]["x"] == pytest.approx(frame["x"] + 1, abs=2)
+    page.get_by_label("Zoom in").last.click(click_count=3)
+    places = page.eval_on_selector_all(f"{FILLED} .hs-pic", "all => all.map(n => getComputedStyle(n).transform)")
+    assert len(set(places)) == 1
+    assert places[0] != "matrix(1, 0, 0, 1, 0, 0)"
+
+
+def test_a_stopped_sweep_goes_on_and_its_link_draws_it_again_after_a_restart(visit: Visit) -> None:
+    page = visit.page
+    with served(ui.build(Painter(0.1, keep=True), METHODS, credits="")) as app:
+        visit.open_sweep(address(app))
+        page.fill("#hs-sweep-prompts textarea", "a blue fish\na red & green cat?")
+        page.fill("#hs-sweep-steps input", "8, 2")
+        page.locator("#hs-sweep-methods").get_by_label("TCD", exact=True).uncheck()
+        page.locator("body").click(position={"x": 3, "y": 3})
+        page.keyboard.press("c")
+        page.wait_for_function(f"document.querySelectorAll('{FILLED}').length >= 4")
+        first = page.locator("#hs-grid .hs-card").evaluate_all("all => all.map(n => n.dataset.phase)")
+        assert first[:4] == ["done"] * 4  # row by row
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#hs-grid >> text=stopped")
+        page.wait_for_selector("#hs-sweep-cost >> text=drawn before")
+        assert page.locator(FILLED).count() < 12
+        page.click("#hs-sweep-go")
+        visit.wait_for_grid(12)
+        with page.expect_download() as sheet:
+            page.get_by_text("Contact sheet").last.click()
+        with page.expect_download() as facts:
+            page.get_by_text("JSON").last.click()
+        known = json.loads(facts.value.path().read_text(encoding="utf-8"))
+        with Image.open(sheet.value.path()) as image:
+            assert json.loads(image.info[pictures.CHUNK]) == known
+            image.save(visit.shots / "sweep-sheet.png")
+        assert [panel["steps"] for panel in known["panels"]] == [2, 8] * 6
+        page.get_by_text("Copy link").last.click()
+        link = page.evaluate("navigator.clipboard.readText()")
+        port = app.server_port
+        page.goto("about:blank")
+    with served(ui.build(Painter(), METHODS, credits=""), server_port=port):
+        visit.open(link)
+        visit.wait_for_grid(12)
+        assert page.input_value("#hs-sweep-prompts textarea") == "a blue fish\na red & green cat?"
+        assert page.input_value("#hs-sweep-steps input") == "2,8"
+        assert not page.locator("#hs-sweep-methods").get_by_label("TCD", exact=True).is_checked()
+        page.goto("about:blank")
+
+
+def test_a_sweep_that_cannot_be_is_answered_calmly(visit: Visit, demo: gr.Blocks) -> None:
+    page = visit.page
+    visit.open_sweep(address(demo))
+    page.fill("#hs-sweep-seeds input", "1-40")
+    page.wait_for_selector("#hs-sweep-cost >> text=/at most 64 are allowed/")
+    page.click("#hs-sweep-go")
+    page.wait_for_selector("#hs-sweep-notice >> text=/at most 64 are allowed/")
+    page.wait_for_function("!document.body.matches('.hs-sweeping')")
+    assert page.input_value("#hs-sweep-seeds input") == "1-40"
 
 
 def test_everything_has_a_name(viewer: Visit) -> None:

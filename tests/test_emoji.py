@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from parts import PARTS, UPDATES, synthetic
 from torch import Tensor
 
 from hypersd import checkpoint
-from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, teacher
+from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, restore, teacher
+from hypersd.records import InputError
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,8 @@ def test_captions_are_dropped_and_styled_as_often_as_said(runs: Path) -> None:
     data, generator = objective.data, torch.Generator().manual_seed(0)
     rows = data.train.repeat(400)
     states = objective.states(rows, generator)
-    empty = torch.from_numpy(data.states[data.empty]).float()
-    styled = torch.stack([torch.from_numpy(data.states[data.captions[r][0]]).float() for r in rows])
+    empty = torch.tensor(data.states[data.empty]).float()
+    styled = torch.stack([torch.tensor(data.states[data.captions[r][0]]).float() for r in rows])
 
     def share(texts: Tensor) -> float:
         return float((states == texts).flatten(1).all(1).float().mean())
@@ -121,6 +123,24 @@ def test_sampling_with_a_network_that_knows_the_answer_returns_it() -> None:
 def test_assembling_names_the_part_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(artwork.ArtworkError, match="python -m hypersd emoji autoencoder"):
         assemble.make(tmp_path, assets=tmp_path)
+
+
+def test_restored_weights_are_where_the_denoiser_begins(runs: Path, tmp_path: Path) -> None:
+    """assets -> restore -> the objective starts from those weights, and says so in what decides the result."""
+    folder, assets = tmp_path / "runs", tmp_path / "assets"
+    synthetic(folder)
+    shutil.rmtree(folder / "autoencoder")
+    for part in ("vae", "tokenizer", "text_encoder"):
+        (assets / "emoji-sd" / part).mkdir(parents=True)
+    torch.manual_seed(5)
+    unet = teacher.network()
+    unet.save_pretrained(assets / "emoji-sd" / "unet")
+    restore.make(folder, assets=assets)
+    objective = teacher.Denoising(folder)
+    torch.testing.assert_close(objective.unet.conv_in.weight, unet.conv_in.weight)
+    assert "start" in objective.describe() and "start" not in teacher.Denoising(runs).describe()
+    with pytest.raises(InputError, match="already there and would be lost"):
+        restore.make(folder, assets=assets)
 
 
 def test_evenly_takes_at_most_so_many_in_order() -> None:

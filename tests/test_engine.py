@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake import METHODS, Painter, eventually, paint
+from fake import Painter, eventually, paint
+from rows import METHODS
 
 from hypersd.engine import BROKEN, NO_WEIGHTS, Drawing, Engine, News, Shelf, Stopped, Watch, plan, stream
 from hypersd.records import InputError, Panel, Request
@@ -45,6 +47,9 @@ class Model:
             self.busy = False
         self.drawn.append((request.prompt, method.name))
         return paint(request, method.name)
+
+    def truncated(self, prompt: str) -> str:
+        return prompt[18:]
 
     def pixels(self) -> Any:
         import numpy as np
@@ -186,6 +191,71 @@ def test_unknown_methods_and_step_counts_are_refused_before_loading() -> None:
     with pytest.raises(InputError, match="tcd was made for 2-8 steps, got 1"):
         engine(model)(replace(CAT, steps=1), "tcd")
     assert model.loads == 0
+
+
+def test_a_caller_is_told_that_the_weights_are_loading_and_only_then() -> None:
+    draw, told = engine(Model()), [0]
+
+    def loading() -> None:
+        told[0] += 1
+
+    draw(CAT, "base", Watch(loading=loading))
+    assert told == [1]
+    draw(replace(CAT, seed=2), "base", Watch(loading=loading))
+    assert told == [1]
+
+
+def test_whoever_waits_for_somebody_elses_loading_is_told_too() -> None:
+    model, begun, go = Model(), threading.Event(), threading.Event()
+
+    def load() -> Model:
+        begun.set()
+        go.wait(5)
+        return model
+
+    draw, told = Engine(load, METHODS, model.draw), threading.Event()
+    warm = draw.warm_up(CAT)
+    assert begun.wait(5)
+    visitor = threading.Thread(target=draw, args=(replace(CAT, seed=2), "lcm", Watch(loading=told.set)))
+    visitor.start()
+    assert told.wait(5)
+    go.set()
+    warm.join(5)
+    visitor.join(5)
+
+
+def test_what_the_model_does_not_read_is_said() -> None:
+    draw = engine(Model())
+    assert draw(CAT, "base").unread == ""
+    assert draw(Request("a cat with a very long tail"), "base").unread == "long tail"
+    assert draw(Request("a cat with a very long tail"), "base").unread == "long tail"  # kept
+
+
+def test_the_engine_knows_what_it_has_and_how_long_pictures_take() -> None:
+    draw = engine(Model())
+    assert not draw.has(CAT, "base")
+    assert draw.pace.seconds(1, 4) is None
+    drawing = draw(CAT, "base")
+    assert draw.has(CAT, "base")
+    assert not draw.has(CAT, "lcm")
+    assert not draw.has(CAT, "nope")
+    before = draw.pace.seconds(1, drawing.panel.nfe)
+    assert before == pytest.approx(drawing.panel.seconds)
+    draw(CAT, "base")  # kept: nothing was measured
+    assert draw.pace.seconds(1, drawing.panel.nfe) == before
+
+
+def test_the_drawing_happens_in_the_callers_context() -> None:
+    visitor: contextvars.ContextVar[str] = contextvars.ContextVar("visitor", default="nobody")
+    painter, seen = Painter(), []
+
+    def asks(request: Request, method: str, watch: Watch) -> Drawing:
+        seen.append(visitor.get())
+        return painter(request, method, watch)
+
+    visitor.set("somebody")
+    hear(asks)
+    assert seen == ["somebody"] * 2
 
 
 def test_the_shelf_forgets_what_was_not_asked_for_longest() -> None:

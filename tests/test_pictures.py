@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from samples import panel
 
 from hypersd.pictures import (
+    Sheet,
     check_png_path,
     contact_sheet,
     from_image,
     read_png,
     read_png_provenance,
     save_png,
+    save_sheet,
     to_image,
 )
 from hypersd.records import InputError
@@ -131,25 +134,79 @@ def test_failing_to_write_is_an_input_error(tmp_path: Path) -> None:
         save_png(panel(), tmp_path / "none" / "x.png")
 
 
+def grid_of(count: int, **more: Any) -> Sheet:
+    return Sheet([panel(40, 30, steps=steps) for steps in range(1, count + 1)], **more)
+
+
 def test_a_contact_sheet_holds_every_panel_with_its_caption() -> None:
-    panels = [panel(40, 30, method=name, steps=steps) for name in ("base", "tcd") for steps in (1, 4, 25)]
-    sheet = contact_sheet(panels, columns=3)
-    one = contact_sheet(panels[:1])
+    sheet = contact_sheet(grid_of(6, columns=3), scale=1)
+    one = contact_sheet(grid_of(1), scale=1)
     assert sheet.width > 2.5 * one.width
     assert sheet.height > 1.6 * one.height
-    found = sum(sheet.crop((x, y, x + 40, y + 30)).tobytes() == panels[0].pixels
-                for y in range(sheet.height - 30) for x in range(8, sheet.width - 40))  # fmt: skip
-    assert found == 6
-    captioned = one.crop((0, 38, *one.size)).convert("L")
+    assert len(found(sheet, 1)) == 6
+    (x, y), *_ = found(one, 1)
+    assert (x + 40, y + 30) < one.size
+    captioned = one.crop((0, y + 32, *one.size)).convert("L")
     assert min(captioned.tobytes()) < 100  # there is ink below the picture
 
 
-def test_captions_differ_with_what_they_say() -> None:
-    assert contact_sheet([panel(steps=1)]).tobytes() != contact_sheet([panel(steps=4)]).tobytes()
+def found(sheet: Image.Image, scale: int) -> list[tuple[int, int]]:
+    """Where the picture of `panel(40, 30)` lies on a sheet."""
+    pixels = to_image(panel(40, 30)).resize((40 * scale, 30 * scale), Image.Resampling.NEAREST).tobytes()
+    places = [(x, y) for y in range(sheet.height - 30 * scale + 1) for x in range(sheet.width - 40 * scale + 1)]
+    return [(x, y) for x, y in places if sheet.getpixel((x, y)) == (0, 0, 99)
+            and sheet.crop((x, y, x + 40 * scale, y + 30 * scale)).tobytes() == pixels]  # fmt: skip
+
+
+def test_small_pictures_are_enlarged_by_whole_numbers_so_that_they_can_be_judged() -> None:
+    assert len(found(contact_sheet(grid_of(1), scale=3), 3)) == 1
+    assert contact_sheet(Sheet([panel(128, 128)])).width >= 256
+    assert contact_sheet(Sheet([panel(512, 512)])).width < 2 * 512
+
+
+def test_captions_and_names_differ_with_what_they_say() -> None:
+    assert ink(contact_sheet(grid_of(1))) != ink(contact_sheet(Sheet([panel(40, 30, steps=4)])))
+    plain = contact_sheet(grid_of(2, columns=1))
+    for more in ({"title": "a cat"}, {"rows": ["seed 1", "seed 2"]}, {"heads": ["1 step"]}):
+        named = contact_sheet(grid_of(2, columns=1, **more))
+        assert (named.width >= plain.width, named.height >= plain.height) == (True, True)
+        assert ink(named) != ink(plain)
+
+
+def ink(image: Image.Image) -> bytes:
+    return image.convert("L").resize((64, 64)).tobytes()
+
+
+def test_a_place_without_a_picture_is_left_empty_and_the_others_stay_where_they_are() -> None:
+    sheet = contact_sheet(Sheet([None, panel(40, 30)], columns=2), scale=1)
+    ((x, _),) = found(sheet, 1)
+    assert x > sheet.width / 2
+
+
+@pytest.mark.parametrize("title", ["", "word " * 200, "x" * 500, "猫 🐈 naïve\n\0"], ids=len)
+def test_titles_of_any_kind_fit(title: str) -> None:
+    sheet = contact_sheet(grid_of(2, title=title, rows=[title], columns=1))
+    assert sheet.height < 2000
+    assert sheet.width < 1000
+
+
+def test_a_sheet_carries_everything_that_is_known_of_it() -> None:
+    drawn, file = Sheet([panel(), None], 1, "a 猫", ["seed 1", "seed 2"], ["4 steps"], "?prompts=a"), io.BytesIO()
+    save_sheet(drawn, file)
+    with Image.open(file) as image:
+        known = json.loads(image.info["hypersd"])
+    assert known == drawn.record()
+    assert known["panels"] == [panel().provenance(), None]
+    assert (known["title"], known["link"]) == ("a 猫", "?prompts=a")
+    assert (known["rows"], known["columns"]) == (["seed 1", "seed 2"], ["4 steps"])
+    bare = io.BytesIO()
+    save_sheet(drawn, bare, metadata=False)
+    with Image.open(bare) as image:
+        assert image.info == {}
 
 
 def test_an_empty_sheet_is_refused() -> None:
     with pytest.raises(InputError, match="at least one panel"):
-        contact_sheet([])
+        contact_sheet(Sheet([None]))
     with pytest.raises(InputError, match="columns must be 1 or more"):
-        contact_sheet([panel()], columns=0)
+        contact_sheet(Sheet([panel()], columns=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from listing import ROOT, files
 
 from hypersd.__main__ import COMMANDS, main
+from hypersd.emoji import measure
 from hypersd.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,3 +99,12 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     last = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1]
     assert "-m pytest" in last
     assert last in SHELL
+
+
+def test_figures_of_the_model_are_those_that_were_measured() -> None:
+    """Between the marks stands the table of emoji-measures.json, or nothing while there is no such file."""
+    file = ROOT / "assets/emoji-measures.json"
+    expected = measure.table(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
+    shown = re.search(r"<!-- measures -->\n(.*?)<!-- /measures -->", README, flags=re.DOTALL)
+    assert shown is not None and shown[1].strip() == expected
+    assert measure.COMMAND in README

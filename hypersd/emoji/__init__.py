@@ -10,6 +10,7 @@ PARTS = {
     "teacher": "train the denoiser on cached latents and text states",
     "decoder": "go on with the autoencoder's decoder alone",
     "assemble": "put the trained parts into assets/emoji-sd",
+    "restore": "take assets/emoji-sd apart again, to go on training where there are no runs",
     "scorer": "train the two scorers that judge pictures against captions",
     "measure": "write every figure the README gives of the model",
 }

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hypersd.backbone import write_manifest
-from hypersd.emoji import artwork, teacher
+from hypersd.backbone import Backbone, write_manifest
+from hypersd.emoji import artwork, autoencoder, teacher
 
 ASSETS = artwork.MANIFEST.parent
 
@@ -45,8 +48,25 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
     for folder in (staging, old):
         shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(staging)
+    # transformers writes tokenizer.json alone; programs that read vocab.json and merges.txt get them too
+    shutil.copytree(parts["text"] / "tokenizer", staging / "tokenizer", dirs_exist_ok=True)
+    for file in staging.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors leaves them readable to nobody else
     write_manifest(staging)
     if final.exists():
         os.replace(final, old)
     os.replace(staging, final)
     shutil.rmtree(old, ignore_errors=True)
+    sheet = draw(Backbone.load(final), teacher.SHEET_PROMPTS, "sheet")
+    autoencoder.save_grid(autoencoder.to_float(sheet), assets / "emoji-sheet.png", 8)
+
+
+@torch.inference_mode()
+def draw(backbone: Backbone, prompts: Sequence[str], title: str, seed: int = 1, batch: int = 16) -> np.ndarray:
+    """One picture a prompt, 25 steps, all from one stream of noise. uint8 [n, 128, 128, 3]"""
+    generator, empty, done = torch.Generator().manual_seed(seed), backbone.embed([""]), []
+    for i in tqdm(range(0, len(prompts), batch), desc=title, unit="batch"):
+        states = backbone.embed(prompts[i : i + batch])
+        latents = teacher.sample(backbone.unet, backbone.schedule, states, empty, generator)
+        done.append(backbone.decode(latents).numpy())
+    return np.concatenate(done)

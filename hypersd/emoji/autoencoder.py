@@ -123,7 +123,7 @@ def psnr_db(x: Tensor, y: Tensor) -> float:
 
 def to_float(pictures: np.ndarray) -> Tensor:
     """uint8 [n, h, w, 3] -> float [n, 3, h, w] in -1..1"""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def save_grid(x: Tensor, path: Path, columns: int) -> None:

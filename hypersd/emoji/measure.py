@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from hypersd.backbone import Backbone
 from hypersd.emoji import artwork, autoencoder, scorer, teacher, words
+from hypersd.emoji.assemble import draw
 
 COMMAND = "python -m hypersd emoji measure"
 ASSETS = artwork.MANIFEST.parent
@@ -29,7 +31,7 @@ SEEDS = 2  # drawings of every word of the synonym table
 
 
 def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> None:
-    """Measure the weights in `assets` and write emoji-measures.json and emoji-sheet.png beside them."""
+    """Measure the weights in `assets` and write emoji-measures.json beside them."""
     backbone, judge = Backbone.load(assets / "emoji-sd"), scorer.load(assets / "emoji-scorer-b")
     pictures, _, rows = artwork.load(runs / "artwork")
     labels = sorted({r.label for r in rows})
@@ -45,13 +47,30 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
     figures["synonyms_right"] = synonyms(backbone, judge, pool, labels, runs / "synonyms.png")
     megabytes = sum(f.stat().st_size for f in assets.rglob("*.safetensors")) / 1e6
     figures["weights_mb"] = megabytes
-    sheet = draw(backbone, teacher.SHEET_PROMPTS, "sheet")
-    autoencoder.save_grid(autoencoder.to_float(sheet), assets / "emoji-sheet.png", 8)
     content = {"command": COMMAND, "base_sha256": backbone.sha256, "rows": ROWS, "steps": teacher.STEPS,
                "guidance": teacher.GUIDANCE, "figures": {k: round(v, 3) for k, v in figures.items()}}  # fmt: skip
     (assets / "emoji-measures.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for name, value in figures.items():
-        tqdm.write(f"{name:<36} {value:.3f}")
+    tqdm.write(table(content))
+
+
+SPLITS = {
+    "train": "things and styles it was trained on",
+    "composition": "known things in a known style, the pair never seen",
+    "concept": "things it never saw",
+}
+
+
+def table(content: dict[str, Any]) -> str:
+    """The figures as the README shows them, Markdown."""
+    figures: dict[str, float] = content["figures"]
+    lines = ["| figure | generated | real pictures |", "|---|---|---|"]
+    for split, title in SPLITS.items():
+        drawn, real = (f"{100 * figures[f'r_precision_{split}_{kind}']:.1f} %" for kind in ("generated", "real"))
+        lines.append(f"| R-precision@1 among 100 labels, {title} | {drawn} | {real} |")
+    lines.append(f"| words outside the captions drawn as the right thing | {100 * figures['synonyms_right']:.1f} % | |")
+    lines.append(f"| autoencoder, PSNR on held-out pictures | {figures['autoencoder_psnr_db']:.1f} dB | |")
+    lines.append(f"| all weights | {figures['weights_mb']:.0f} MB | |")
+    return "\n".join(lines)
 
 
 @torch.inference_mode()
@@ -61,17 +80,6 @@ def autoencoder_psnr(backbone: Backbone, pictures: np.ndarray, rows: Sequence[ar
     x = autoencoder.to_float(pictures[held_out])
     y = torch.cat([autoencoder.reconstruct(backbone.vae, part) for part in x.split(16)])
     return autoencoder.psnr_db(x, y)
-
-
-@torch.inference_mode()
-def draw(backbone: Backbone, prompts: Sequence[str], title: str, seed: int = 1, batch: int = 16) -> np.ndarray:
-    """One picture a prompt, 25 steps, all from one stream of noise. uint8 [n, 128, 128, 3]"""
-    generator, empty, done = torch.Generator().manual_seed(seed), backbone.embed([""]), []
-    for i in tqdm(range(0, len(prompts), batch), desc=title, unit="batch"):
-        states = backbone.embed(prompts[i : i + batch])
-        latents = teacher.sample(backbone.unet, backbone.schedule, states, empty, generator)
-        done.append(backbone.decode(latents).numpy())
-    return np.concatenate(done)
 
 
 def synonyms(backbone: Backbone, judge: scorer.Scorer, pool: Tensor, labels: Sequence[str], sheet: Path) -> float:

@@ -3,8 +3,9 @@
     python -m hypersd emoji scorer
 
 Each is a small ResNet on 64 px pictures and a copy of the text encoder, both with a linear projection into one space
-(CLIP, arXiv:2103.00020). They saw different pictures and started from different seeds, so one may become a reward while
-the other only ever measures. All drawings of one concept in a batch count as right (arXiv:2004.11362).
+(CLIP, arXiv:2103.00020). A picture is told from the captions of its batch, all drawings of one concept counting as
+right (arXiv:2004.11362), and from the labels of all concepts. The two scorers saw different pictures and started from
+different seeds, so one may become a reward while the other only ever measures.
 
 Generated pictures are softer than vector art: training pictures are blurred and made noisy at random, so that the
 scorers judge what is drawn rather than how sharp it is.
@@ -12,10 +13,11 @@ scorers judge what is drawn rather than how sharp it is.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from tqdm import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
 
 from hypersd.emoji import artwork, text
+from hypersd.emoji.autoencoder import to_float
 from hypersd.train import Recipe, Run, Step
 
-SIDE, SPACE = 64, 256  # pixels, width of the common space
+SIDE, SPACE = 64, text.TEACHER_WIDTH  # pixels, width of the common space
 ASSETS = artwork.MANIFEST.parent
 RECIPE = Recipe(
-    updates=800, batch=128, lr=2e-3, warmup=50, cooldown=400, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
+    updates=1600, batch=64, lr=1.5e-3, warmup=50, cooldown=800, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
 )
 STYLED = 0.3  # share of captions that name their style
 
@@ -51,11 +54,11 @@ class Scorer(nn.Module):
         self.scale = nn.Parameter(torch.tensor(2.5))  # log of the inverse temperature
 
     def pictures(self, x: Tensor) -> Tensor:
-        """float [n, 3, h, w] in -1..1 -> unit vectors [n, 256]; differentiable, so it can serve as a reward."""
+        """float [n, 3, h, w] in -1..1 -> unit vectors [n, 384]; differentiable, so it can serve as a reward."""
         return F.normalize(self.image(pixel_values=shrink(x)).logits.float(), dim=1)
 
     def texts(self, ids: Tensor) -> Tensor:
-        """Ids [n, length] -> unit vectors [n, 256]."""
+        """Ids [n, length] -> unit vectors [n, 384]."""
         return F.normalize(self.text(input_ids=ids).text_embeds.float(), dim=1)
 
 
@@ -73,9 +76,12 @@ def image_tower() -> ResNetForImageClassification:
 
 
 def text_tower(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
-    """The embedded model's text encoder, frozen, with a new projection."""
+    """The embedded model's text encoder, frozen, with a projection that begins as the head it was distilled with."""
     tower, tokenizer = text.load(folder)
-    with_projection = CLIPTextModelWithProjection(tower.text_encoder.config)
+    config = copy.deepcopy(tower.text_encoder.config)
+    config.projection_dim = SPACE
+    with_projection = CLIPTextModelWithProjection(config)
+    with_projection.text_projection.load_state_dict(tower.head.state_dict())
     with_projection.text_model.load_state_dict(tower.text_encoder.state_dict())
     with_projection.text_model.requires_grad_(False)
     return with_projection, tokenizer
@@ -101,7 +107,9 @@ class Matching:
         recipe: Recipe = RECIPE,
     ) -> None:
         self.rows, self.recipe, self.half = rows, recipe, half
-        self.small = np.stack([_bytes(shrink(_floats(p[None])))[0] for p in pictures])
+        self.small = np.concatenate(
+            [_bytes(shrink(to_float(pictures[i : i + 64]))) for i in range(0, len(pictures), 64)]
+        )
         self.train = np.flatnonzero([r.split == "train" and half in (None, int(r.sha256, 16) % 2) for r in rows])
         torch.manual_seed(recipe.seed)
         self.scorer = Scorer(image_tower(), *tower).train()
@@ -109,26 +117,36 @@ class Matching:
         self.texts = sorted({c for captions in self.captions for c in captions})
         self.place = {t: i for i, t in enumerate(self.texts)}
         self.states = _states(self.scorer, self.texts)  # the trunk is frozen: only its projection is trained
-        concepts = {c: i for i, c in enumerate(sorted({r.concept for r in rows}))}
-        self.concept = torch.tensor([concepts[r.concept] for r in rows])
+        # Labels of held-out concepts are not among them: they must not be pushed away.
+        concepts = {rows[i].concept: rows[i].label for i in reversed(self.train.tolist())}
+        self.labels = torch.tensor([self.place[label] for label in concepts.values()])
+        number = {concept: i for i, concept in enumerate(concepts)}
+        self.concept = torch.tensor([number.get(r.concept, -1) for r in rows])
 
     def modules(self) -> dict[str, nn.Module]:
         return {"scorer": self.scorer}
 
     def describe(self) -> dict[str, Any]:
-        key = hashlib.sha256(self.states.numpy().tobytes())
-        key.update("".join(self.rows[i].sha256 for i in self.train).encode())
+        key = hashlib.sha256("".join(self.rows[i].sha256 for i in self.train.tolist()).encode())
+        for tensor in self.scorer.text.text_model.state_dict().values():
+            key.update(tensor.numpy().tobytes())
         return {"half": self.half, "pictures": len(self.train), "styled": STYLED, "data": key.hexdigest()[:16]}
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
         generator = step.generator("matching")
         rows = self.train[step.rows(len(self.train)).numpy()]
-        x = augment(_floats(self.small[rows]), generator)
+        x = augment(to_float(self.small[rows]), generator)
         captions = [self._caption(r, generator) for r in rows]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             ours = self.scorer.pictures(x)
-            theirs = F.normalize(self.scorer.text.text_projection(self.states[captions]).float(), dim=1)
-        yield "scorer", matching_loss(ours, theirs, self.scorer.scale, self.concept[rows])
+            theirs = self.project(self.states[captions])
+            labels = self.project(self.states[self.labels])
+        concept = self.concept[rows]
+        named = F.cross_entropy(inverse_temperature(self.scorer.scale) * ours @ labels.T, concept)
+        yield "scorer", named + matching_loss(ours, theirs, self.scorer.scale, concept)
+
+    def project(self, states: Tensor) -> Tensor:
+        return F.normalize(self.scorer.text.text_projection(states).float(), dim=1)
 
     def _caption(self, row: int, generator: torch.Generator) -> int:
         styled, other = torch.rand(2, generator=generator).tolist()
@@ -139,13 +157,13 @@ class Matching:
     def sheet(self, folder: Path, step: int) -> dict[str, float]:
         """R-precision of real pictures by their labels, among 100 labels, on both held-out splits."""
         labels = sorted({r.label for r in self.rows})
-        pool = embed_texts(self.scorer, labels)
+        pool = self.project(self.states[[self.place[label] for label in labels]])
         measures = {}
         for split in ("composition", "concept"):
             rows = [i for i, r in enumerate(self.rows) if r.split == split]
             pictures = embed_pictures(self.scorer, self.small[rows])
             own = pool[[labels.index(self.rows[i].label) for i in rows]]
-            measures[f"r_precision_{split}"] = r_precision(pictures, own, pool=pool)
+            measures[f"r_precision_{split}"] = r_precision(pictures, own, min(100, len(labels)), pool=pool)
         return {**measures, "scale": float(self.scorer.scale.detach().exp())}
 
 
@@ -155,10 +173,14 @@ def matching_loss(pictures: Tensor, texts: Tensor, scale: Tensor, concepts: Tens
     pictures, texts: unit vectors [n, d]; scale: log of the inverse temperature, at most 100 is used (CLIP 2.4);
     concepts: int64 [n].
     """
-    logits = scale.exp().clamp(max=100) * pictures @ texts.T
+    logits = inverse_temperature(scale) * pictures @ texts.T
     right = (concepts[:, None] == concepts[None]).float()
     right = right / right.sum(1, keepdim=True)  # symmetric: the same for columns
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def inverse_temperature(scale: Tensor) -> Tensor:
+    return scale.exp().clamp(max=100)  # the cut of CLIP, 2.4
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -193,13 +215,13 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.inference_mode()
 def embed_pictures(scorer: Scorer, pictures: np.ndarray, batch: int = 128) -> Tensor:
-    """uint8 [n, h, w, 3] -> unit vectors, float32 [n, 256]."""
-    return torch.cat([scorer.pictures(_floats(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
+    """uint8 [n, h, w, 3] -> unit vectors, float32 [n, 384]."""
+    return torch.cat([scorer.pictures(to_float(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
 
 
 @torch.inference_mode()
 def embed_texts(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
-    """Texts -> unit vectors, float32 [n, 256]."""
+    """Texts -> unit vectors, float32 [n, 384]."""
     projected = scorer.text.text_projection(_states(scorer, texts, batch))
     return F.normalize(projected.float(), dim=1)
 
@@ -240,10 +262,6 @@ def r_precision(
         mine = own @ picture
         wins += float((drawn <= mine).all()) / float(1 + (drawn == mine).sum())
     return wins / max(1, len(image_emb))
-
-
-def _floats(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _bytes(x: Tensor) -> np.ndarray:
@@ -290,15 +308,19 @@ KINDS = (Kind("a", 0, 1), Kind("b", 1, 2))
 
 
 def make(runs: Path, *, minutes: float | None = None, only: str | None = None, assets: Path = ASSETS) -> None:
-    """Train both, or `only` one, or go on; ends with `emoji-scorer-a` and `emoji-scorer-b` in `assets`."""
+    """Train both, or `only` one, or go on; each that is done becomes `emoji-scorer-a` or `-b` in `assets`.
+
+    `minutes` are those of each. A judge that is not done yet is not exported: its figures would be taken for real.
+    """
     pictures, _, rows = artwork.load(runs / "artwork")
     for kind in KINDS:
         if only not in (None, kind.name):
             continue
-        recipe = Recipe(**{**RECIPE.__dict__, "seed": kind.seed})
+        recipe = replace(RECIPE, seed=kind.seed)
         objective = Matching(pictures, rows, kind.half, text_tower(runs / "text" / "export"), recipe)
         run = Run(objective, recipe, runs / f"scorer-{kind.name}")
-        done = run.advance(minutes=minutes)
+        if not run.advance(minutes=minutes):
+            tqdm.write(f"scorer {kind.name}: {run.step} of {recipe.updates} updates done; run this again to go on")
+            continue
         with run.averaged():
             export(objective.scorer, assets / f"emoji-scorer-{kind.name}")
-        tqdm.write(f"scorer {kind.name}: {'done' if done else 'not done yet'}, {run.step} updates")

@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hypersd.emoji import artwork, autoencoder
 from hypersd.schedule import Schedule
+from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step
 
 RECIPE = Recipe(
@@ -42,19 +43,17 @@ EMPTY = 0.10  # share of pictures that come without a caption
 STYLED = 0.5  # share of captions that name their style
 GUIDANCE, STEPS = 4.0, 25  # of the sample sheet
 
-SHEET_PROMPTS = (
-    """
-grinning face, sad face, angry face, cat face, dog face, red heart, blue heart, rocket,
-pizza, red apple, banana, strawberry, hamburger, birthday cake, ice cream, hot beverage,
-automobile, bus, bicycle, sailboat, airplane, house, castle, snowman,
-cactus, sunflower, rose, mushroom, evergreen tree, rainbow, crescent moon, sun with face,
-penguin, owl, frog, fish, octopus, butterfly, lady beetle, snail,
-elephant, panda, lion, pig face, guitar, violin, drum, trumpet,
-soccer ball, basketball, trophy, gem stone, crown, top hat, high heeled shoe, glasses,
-ghost, robot, alien, skull, key, light bulb, alarm clock, wrapped gift
-""".replace("\n", " ")
-    .strip()
-    .split(", ")
+SHEET_PROMPTS = tuple(
+    (  # noqa: SIM905 - a table of prompts reads better than a list of strings
+        "grinning face, sad face, angry face, cat face, dog face, red heart, blue heart, rocket, "
+        "pizza, red apple, banana, strawberry, hamburger, birthday cake, ice cream, hot beverage, "
+        "automobile, bus, bicycle, sailboat, airplane, house, castle, snowman, "
+        "cactus, sunflower, rose, mushroom, evergreen tree, rainbow, crescent moon, sun with face, "
+        "penguin, owl, frog, fish, octopus, butterfly, lady beetle, snail, "
+        "elephant, panda, lion, pig face, guitar, violin, drum, trumpet, "
+        "soccer ball, basketball, trophy, gem stone, crown, top hat, high heeled shoe, glasses, "
+        "ghost, robot, alien, skull, key, light bulb, alarm clock, wrapped gift"
+    ).split(", ")
 )
 
 
@@ -165,13 +164,18 @@ class Denoising:
         self.schedule = Schedule.from_config(scheduler().config)
         torch.manual_seed(recipe.seed)
         self.unet = network().train()
+        self.start = run / "teacher" / "start"  # what `emoji restore` left there, if it did
+        if self.start.exists():
+            begun = UNet2DConditionModel.from_pretrained(self.start, torch_dtype=torch.float32)
+            self.unet.load_state_dict(begun.state_dict())
         self.unet.set_attn_processor(AttnProcessor())  # quicker here than the fused kernel, whose backward is slow
 
     def modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet}
 
     def describe(self) -> dict[str, Any]:
-        return {"empty": EMPTY, "styled": STYLED, "data": self._digest}
+        start = {"start": _weights_digest(self.start)[:16]} if self.start.exists() else {}
+        return {"empty": EMPTY, "styled": STYLED, "data": self._digest, **start}
 
     @cached_property
     def _digest(self) -> str:
@@ -235,8 +239,6 @@ def sample(
     batch: int = 16,
 ) -> Tensor:
     """DDIM on many prompts at once, for sheets and measures. states [n, 32, 256] -> latents [n, 8, 16, 16]"""
-    from hypersd.solvers import ddim_step
-
     done = []
     for part in states.split(batch):
         x_t = torch.randn(len(part), 8, 16, 16, generator=generator)

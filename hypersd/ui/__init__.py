@@ -5,16 +5,20 @@ ui.serve(ui.build(engine, METHODS))
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from hypersd.engine import Draw, MethodRow
-from hypersd.ui import api, compare
+from hypersd.engine import Draw
+from hypersd.sweep import MethodRow
+from hypersd.ui import api, compare, sweep
 
+log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 CREDITS = HERE.parents[1] / "assets" / "CREDITS.md"
 FONTS = ["-apple-system", "BlinkMacSystemFont", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
@@ -31,7 +35,7 @@ LAUNCH: dict[str, Any] = {
     "enable_monitoring": False,
     "run_history": False,
     "ssr_mode": False,
-    "mcp_server": False,
+    "mcp_server": False,  # unless GRADIO_MCP_SERVER asks for it
     "state_session_capacity": 2000,
     "footer_links": [],
 }
@@ -55,7 +59,11 @@ def build(
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
         screen = compare.Screen(draw, methods, reference)
-        compare.build(demo, screen)
+        with gr.Tabs(elem_id="hs-tabs") as tabs:
+            with gr.Tab("Compare", id="compare"):
+                compare.build(demo, screen)
+            with gr.Tab("Sweep", id="sweep", render_children=True):  # there before it is opened: links fill it
+                sweep.build(demo, screen, tabs)
         api.add(screen)
         gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
         if text := _credits() if credits is None else credits:
@@ -68,9 +76,20 @@ def serve(demo: gr.Blocks, **more: Any) -> tuple[Any, str, str]:
     """Launch with the settings that a public page wants; `more` are further arguments of `launch`."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     demo.queue(**QUEUE)
-    settings = {**LAUNCH, "theme": _theme(), "head": _head(), **more}
+    settings = {**LAUNCH, "mcp_server": _mcp(), "theme": _theme(), "head": _head(), **more}
     app, local, share = demo.launch(**settings)
     return app, local, share
+
+
+def _mcp() -> bool:
+    """Whether the endpoints are offered as tools of the Model Context Protocol too."""
+    if os.environ.get("GRADIO_MCP_SERVER", "").lower() not in ("1", "true"):
+        return False
+    if find_spec("mcp") is None:
+        log.warning("GRADIO_MCP_SERVER asks for MCP, which is not installed; serving without it. "
+                    "Type: pip install 'gradio[mcp]'")  # fmt: skip
+        return False
+    return True
 
 
 def _read(name: str) -> str:
@@ -78,7 +97,7 @@ def _read(name: str) -> str:
 
 
 def _head() -> str:
-    scripts = "".join(f"<script>\n{_read(name)}\n</script>" for name in ("page.js", "viewer.js"))
+    scripts = "".join(f"<script>\n{_read(name)}\n</script>" for name in ("page.js", "viewer.js", "grid.js"))
     # Not as launch(css=...): that puts each rule under the page's content, and ours look at the body as well.
     return f"<style>\n{_read('style.css')}\n</style>{scripts}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -14,7 +13,6 @@ from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from hypersd import metrics, pictures
 from hypersd.engine import Cell, Drawing, News
@@ -24,10 +22,13 @@ State = dict[str, Any]  # JSON for the browser
 
 
 class Board:
-    """The panels of one comparison. `state` is what the browser shows; `panels` are the finished ones."""
+    """The panels of one comparison. `state` is what the browser shows; `panels` are the finished ones.
 
-    def __init__(self, cells: Sequence[Cell], link: str) -> None:
-        self.cells = cells
+    `measure` says whether distances between all pairs are wanted; `more` goes into the state as it is.
+    """
+
+    def __init__(self, cells: Sequence[Cell], link: str, *, measure: bool = True, more: State | None = None) -> None:
+        self.cells, self.measure, self.more = cells, measure, more or {}
         self.drawings: dict[int, Drawing] = {}
         self.numbers: State = {}
         self.status = "running"
@@ -40,7 +41,7 @@ class Board:
 
     @property
     def state(self) -> State:
-        return {"status": self.status, "link": self.link, "tiles": self.tiles, "numbers": self.numbers}
+        return {"status": self.status, "link": self.link, "tiles": self.tiles, "numbers": self.numbers, **self.more}
 
     async def follow(self, told: AsyncGenerator[list[News], None]) -> AsyncGenerator[list[News], None]:
         """Pass the news on once they are on the board; closing this closes `told`, and with it the drawing."""
@@ -53,13 +54,17 @@ class Board:
         # New lists and dicts instead of changed ones: what was yielded before must stay as it was.
         for item in news:
             tile = dict(self.tiles[item.cell])
+            if item.loading:
+                tile.update(phase="loading")
             if item.progress:
                 tile.update(phase="drawing", step=item.progress.step, steps=item.progress.steps)
             if item.problem:
                 tile.update(phase="problem", text=item.problem)
             if item.drawing:
                 tile.update(_finished(item.drawing))
-                self._measure(item.cell, item.drawing)
+                if self.measure:
+                    self._measure(item.cell, item.drawing)
+                self.drawings[item.cell] = item.drawing
             self.tiles = [tile if i == item.cell else old for i, old in enumerate(self.tiles)]
 
     def finish(self) -> None:
@@ -70,7 +75,6 @@ class Board:
             if found := distances(earlier.panel, drawing.panel):
                 a, b = sorted((cell, other))
                 self.numbers = {**self.numbers, f"{a}-{b}": found}
-        self.drawings[cell] = drawing
 
 
 def distances(a: Panel, b: Panel) -> State | None:
@@ -99,13 +103,11 @@ def permalink(request: Request, methods: Sequence[str], reference: bool) -> str:
     return "?" + urlencode(query)
 
 
-def sheet(panels: Sequence[Panel]) -> str:
-    """All panels on one contact sheet as a PNG data address, the provenance of each inside."""
-    chunks = PngInfo()
-    chunks.add_itxt(pictures.CHUNK, json.dumps([panel.provenance() for panel in panels], ensure_ascii=False))
+def sheet(taken: pictures.Sheet) -> str:
+    """A contact sheet as a PNG data address, the provenance of each panel inside."""
     file = io.BytesIO()
-    pictures.contact_sheet(panels).save(file, "PNG", pnginfo=chunks)
-    return _address(file.getvalue(), "image/png")
+    pictures.save_sheet(taken, file)
+    return address(file.getvalue(), "image/png")
 
 
 def thumbnail(panel: Panel, side: int = 64) -> str:
@@ -113,17 +115,18 @@ def thumbnail(panel: Panel, side: int = 64) -> str:
     small = Image.frombytes("RGB", (panel.width, panel.height), panel.pixels).resize((side, side))
     file = io.BytesIO()
     small.save(file, "WEBP", quality=70)
-    return _address(file.getvalue(), "image/webp")
+    return address(file.getvalue(), "image/webp")
 
 
 def png(panel: Panel) -> str:
     """The panel as a PNG data address, its provenance inside."""
     file = io.BytesIO()
     pictures.save_png(panel, file)
-    return _address(file.getvalue(), "image/png")
+    return address(file.getvalue(), "image/png")
 
 
-def _address(data: bytes, kind: str) -> str:
+def address(data: bytes, kind: str) -> str:
+    """Bytes as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -151,6 +154,7 @@ def _finished(drawing: Drawing) -> State:
         "src": png(panel),
         "trail": [_plain(panel, pixels) for pixels in drawing.trail],
         "kept": drawing.kept,
+        "unread": drawing.unread,
         "facts": panel.provenance(),
         "alt": f"{panel.prompt}, drawn by {panel.method} in {panel.steps} step{'s' * (panel.steps != 1)}",
         "name": f"{panel.method}-{panel.steps}-steps-seed-{panel.seed}.png",
@@ -160,4 +164,4 @@ def _finished(drawing: Drawing) -> State:
 def _plain(panel: Panel, pixels: bytes) -> str:
     file = io.BytesIO()
     Image.frombytes("RGB", (panel.width, panel.height), pixels).save(file, "PNG")
-    return _address(file.getvalue(), "image/png")
+    return address(file.getvalue(), "image/png")

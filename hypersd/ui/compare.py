@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import secrets
 import time
@@ -14,14 +15,16 @@ from urllib.parse import parse_qsl
 
 import gradio as gr
 
-from hypersd.engine import Draw, MethodRow, plan, stream
-from hypersd.records import InputError, Panel, Request
+from hypersd.engine import Draw, plan, stream
+from hypersd.pictures import Sheet
+from hypersd.records import InputError, Request
+from hypersd.sweep import MethodRow
 from hypersd.ui import prompts
-from hypersd.ui.board import Board, State, permalink, sheet, thumbnail
+from hypersd.ui.board import Board, State, address, permalink, sheet, thumbnail
 
 QUICK_STEPS = (1, 2, 4, 8, 25)
 HISTORY_LENGTH = 24
-FORGOTTEN = "There is no picture to put on a sheet yet; press Compare first."
+FORGOTTEN = "There is no picture to put on a sheet yet; draw something first"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Screen:
 def build(demo: gr.Blocks, screen: Screen) -> None:
     """Lay the screen out inside the open Blocks `demo` and wire it."""
     past = gr.BrowserState([], storage_key="hypersd-history", secret="hypersd-history")
-    panels = gr.State([])
+    taken = gr.State(None)
     fields = _form(screen)
     notice = gr.HTML("", elem_id="hs-notice")
     viewer = gr.HTML({}, html_template=VIEWER_HTML, js_on_load=VIEWER_JS, elem_id="hs-viewer", apply_default_css=False)
@@ -44,14 +47,16 @@ def build(demo: gr.Blocks, screen: Screen) -> None:
     with gr.Accordion("History of this browser", open=False, elem_id="hs-past"):
         history = gr.HTML([], html_template=PAST_HTML, js_on_load=HISTORY_JS, apply_default_css=False)
         forget = gr.Button("Forget all", size="sm", elem_id="hs-forget")
-    _wire_run(screen, fields, [notice, viewer, panels, past, history])
+    _wire_run(screen, fields, [notice, viewer, taken, past, history])
     _wire_past(demo, screen, fields, past, history, forget)
-    viewer.sheet(parcel_of, panels, [notice, parcel], **QUIET)
+    viewer.sheet(parcel_of, taken, [notice, parcel], **QUIET)
+    viewer.facts(facts_of, taken, [notice, parcel], **QUIET)
 
 
 VIEWER_HTML = "<div class='hs-viewer'></div>"
 VIEWER_JS = """
-hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch, { sheet: () => trigger('sheet') });
+hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch,
+  { sheet: () => trigger('sheet'), facts: () => trigger('facts') });
 """
 PARCEL_JS = "watch('value', () => hypersd.save(props.value));"
 PAST_HTML = "<div class='hs-past'></div>"
@@ -147,7 +152,7 @@ def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
         comparison(screen),
         [*fields.inputs, fields.trail, past],
         outputs,
-        js="(...given) => { hypersd.begin(); return given; }",
+        js="(...given) => { hypersd.begin('compare'); return given; }",
         preprocess=False,  # whatever came goes to `Request`, where the sentences about wrong input are written
         api_visibility="private",
         show_progress="hidden",
@@ -155,7 +160,7 @@ def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
         concurrency_limit=1,
         trigger_mode="once",
     )
-    run.then(None, js="() => hypersd.settle()", api_visibility="private")
+    run.then(None, js="() => hypersd.settle('compare')", api_visibility="private")
     fields.stop.click(None, cancels=[run], api_visibility="private", queue=False)
 
 
@@ -172,7 +177,7 @@ def _wire_past(
         return restore(dict(parse_qsl(str(event.link).lstrip("?"))), known)
 
     opened = demo.load(from_address, None, restored, **QUIET)
-    opened.then(None, js="() => hypersd.opened()", api_visibility="private")
+    opened.then(None, js="() => hypersd.opened('compare')", api_visibility="private")
     demo.load(lambda kept: kept, past, history, **QUIET)
     chosen = history.select(from_history, None, restored, **QUIET)
     chosen.then(None, js="() => hypersd.again()", api_visibility="private")
@@ -193,13 +198,13 @@ def comparison(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], 
             yield say(str(problem)), {"status": "refused"}, gr.skip(), gr.skip(), gr.skip()
             return
         board = Board(cells, permalink(request, _names(names), bool(reference)))
-        yield "", board.state, board.panels, gr.skip(), gr.skip()
+        yield "", board.state, sheet_of(request, board), gr.skip(), gr.skip()
         async with aclosing(board.follow(stream(cells, screen.draw, trail=bool(trail)))) as told:
             async for _ in told:
-                yield "", board.state, board.panels, gr.skip(), gr.skip()
+                yield "", board.state, sheet_of(request, board), gr.skip(), gr.skip()
         board.finish()
         kept = remember(past, request, board)
-        yield "", board.state, board.panels, kept, kept
+        yield "", board.state, sheet_of(request, board), kept, kept
 
     return run
 
@@ -234,15 +239,36 @@ def _names(names: Any) -> Sequence[str]:
     raise InputError("methods must be a list of names")
 
 
-def parcel_of(panels: Sequence[Panel]) -> tuple[str, State]:
+def sheet_of(request: Request, board: Board) -> Sheet:
+    """The finished panels as a contact sheet."""
+    return Sheet(board.panels, title=f"{request.prompt} · seed {request.seed}", link=board.link)
+
+
+def parcel_of(taken: Sheet | None) -> tuple[str, State]:
     """A contact sheet on its way to the browser's downloads, or a sentence when there is nothing to put on it."""
-    if not panels:
+    return _parcel(taken, "png", sheet)
+
+
+def facts_of(taken: Sheet | None) -> tuple[str, State]:
+    """The same without the pixels: everything that is known of the panels, as JSON."""
+    return _parcel(taken, "json", lambda known: address(_json(known), "application/json"))
+
+
+def _json(known: Sheet) -> bytes:
+    return json.dumps(known.record(), ensure_ascii=False, indent=1).encode()
+
+
+def _parcel(taken: Sheet | None, ending: str, pack: Callable[[Sheet], str]) -> tuple[str, State]:
+    first = next(filter(None, taken.panels), None) if taken else None
+    if taken is None or first is None:
         return say(FORGOTTEN), {}
-    return "", {"name": f"hypersd-seed-{panels[0].seed}.png", "src": sheet(panels), "nonce": secrets.token_hex(4)}
+    return "", {"name": f"hypersd-seed-{first.seed}.{ending}", "src": pack(taken), "nonce": secrets.token_hex(4)}
 
 
 def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:
     """Values for the form from a permalink's query, `gr.skip()` for what it does not say or says wrongly."""
+    if "prompts" in query:  # a sweep's link
+        return [gr.skip()] * 8
     names = [name for name in known if name in query.get("methods", "").split(",")]
     steps = _figure(query.get("steps"))
     return [

@@ -1,5 +1,8 @@
 // Everything around the viewer: keys, theme, downloads, history. No dependency, nothing is fetched.
 (() => {
+  const RUNNING = { compare: 'hs-running', sweep: 'hs-sweeping' };
+  const GO = { compare: 'hs-go', sweep: 'hs-sweep-go' };
+  const STOP = { compare: 'hs-stop', sweep: 'hs-sweep-stop' };
   const find = (selector) => document.querySelector(selector);
   const press = (id) => {
     const target = find(`#${id}`);
@@ -10,21 +13,27 @@
     (target.matches?.('input') && !['checkbox', 'radio', 'range'].includes(target.type));
 
   const page = {
-    viewer: null,
-    begin() {
-      document.body.classList.add('hs-running');
-      page.viewer?.begin();
+    viewers: {}, // of each screen, by its name
+    get screen() {
+      return find('#hs-sweep-form')?.offsetParent ? 'sweep' : 'compare';
     },
-    settle() {
-      document.body.classList.remove('hs-running');
-      page.viewer?.settle();
+    get viewer() {
+      return page.viewers[page.screen];
     },
-    // A permalink draws its comparison at once; the bare address waits for the visitor.
-    opened() {
-      if (new URLSearchParams(location.search).has('prompt')) page.again();
+    begin(screen) {
+      document.body.classList.add(RUNNING[screen]);
+      page.viewers[screen]?.begin();
     },
-    again() {
-      setTimeout(() => press('hs-go'), 50);
+    settle(screen) {
+      document.body.classList.remove(RUNNING[screen]);
+      page.viewers[screen]?.settle();
+    },
+    // A permalink draws its pictures at once; the bare address waits for the visitor.
+    opened(screen) {
+      if (new URLSearchParams(location.search).has(screen === 'sweep' ? 'prompts' : 'prompt')) page.again(screen);
+    },
+    again(screen = 'compare') {
+      setTimeout(() => press(GO[screen]), 50);
     },
     theme(dark = !document.body.classList.contains('dark')) {
       document.body.classList.toggle('dark', dark);
@@ -93,11 +102,11 @@
   }
 
   const keys = {
-    '/': () => find('#hs-prompt textarea')?.focus(),
+    '/': () => find(page.screen === 'sweep' ? '#hs-sweep-prompts textarea' : '#hs-prompt textarea')?.focus(),
     '?': () => find('.hs-keys')?.showModal(),
-    c: () => press('hs-go'),
-    r: () => press('hs-dice'),
-    n: () => press('hs-new-seed'),
+    c: () => press(GO[page.screen]),
+    r: () => page.screen === 'compare' && press('hs-dice'),
+    n: () => page.screen === 'compare' && press('hs-new-seed'),
     t: () => page.theme(),
   };
 
@@ -105,7 +114,7 @@
     if (event.ctrlKey || event.metaKey || event.altKey || find('dialog[open]')) return;
     if (event.key === 'Escape') {
       if (typing(event.target)) event.target.blur();
-      else if (document.body.classList.contains('hs-running')) press('hs-stop');
+      else if (document.body.classList.contains(RUNNING[page.screen])) press(STOP[page.screen]);
       return;
     }
     if (typing(event.target)) return;
@@ -120,7 +129,7 @@
     const tool = event.target.closest?.('[data-hs]')?.dataset.hs;
     if (tool === 'keys') keys['?']();
     if (tool === 'theme') page.theme();
-    if (event.target.closest?.('#hs-stop')) page.settle();
+    for (const screen in STOP) if (event.target.closest?.(`#${STOP[screen]}`)) page.settle(screen);
   });
   document.addEventListener('DOMContentLoaded', () => {
     let chosen = null;

@@ -27,6 +27,7 @@
   }
   const plural = (n, word) => `${n} ${word}${n === 1 ? '' : 's'}`;
   const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+  const unread = (tile) => `The prompt is longer than the model reads; it ignored “${tile.unread}”.`;
   const label = (tile) => `${tile.title}, ${plural(tile.asked, 'step')}`;
 
   class Viewer {
@@ -71,7 +72,7 @@
     settle() {
       this.root.classList.remove('hs-busy');
       this.ignoring = true;
-      this.tiles = this.tiles.map((t) => (t.phase === 'waiting' || t.phase === 'drawing' ? { ...t, phase: 'stopped' } : t));
+      this.tiles = this.tiles.map((t) => (['waiting', 'loading', 'drawing'].includes(t.phase) ? { ...t, phase: 'stopped' } : t));
       if (this.tiles.length) this.render();
     }
 
@@ -137,7 +138,8 @@
         el('input', { type: 'checkbox', checked: !this.strip, onchange: (e) => (this.strip = !e.target.checked) }), 'metadata');
       this.copyButton = el('button', { type: 'button', class: 'hs-quiet', onclick: () => this.copyLink() }, el('i', { icon: 'link' }), el('span', {}, 'Copy link'));
       const sheet = el('button', { type: 'button', class: 'hs-quiet', onclick: () => this.wants.sheet() }, el('i', { icon: 'sheet' }), el('span', {}, 'Contact sheet'));
-      this.bar.replaceChildren(modes, ...this.pickers(), zoom, el('div', { class: 'hs-take' }, this.copyButton, sheet, metadata));
+      const facts = el('button', { type: 'button', class: 'hs-quiet', title: 'Everything that is known of these panels', onclick: () => this.wants.facts() }, 'JSON');
+      this.bar.replaceChildren(modes, ...this.pickers(), zoom, el('div', { class: 'hs-take' }, this.copyButton, sheet, facts, metadata));
     }
 
     pickers() {
@@ -223,6 +225,7 @@
         onclick: () => hypersd.copy(f.noise_sha256) }, `noise ${f.noise_sha256.slice(0, 8)}`);
       const fine = el('p', { class: 'hs-fine' }, `guidance ${+f.guidance.toFixed(2)}`, el('span', {}, f.sampler + (f.eta ? ` η ${+f.eta.toFixed(2)}` : '')), noise);
       const parts = [title, cost, fine];
+      if (tile.unread) parts.push(el('p', { class: 'hs-unread' }, unread(tile)));
       if (this.tiles.length > 1 && i !== this.ref) parts.push(el('p', { class: 'hs-numbers' }, ...this.numbersBetween(i, this.ref)));
       if (this.mode === 'difference' && i === this.ref) parts.push(el('p', { class: 'hs-numbers' }, 'the others are held against this'));
       root.replaceChildren(...parts);
@@ -446,6 +449,7 @@
   function fillWait(root, tile) {
     const words = {
       waiting: 'waiting',
+      loading: 'loading the model',
       drawing: `step ${tile.step} of ${tile.steps}`,
       stopped: 'stopped',
       problem: tile.text,
@@ -466,10 +470,11 @@
   }
 
   // Called by the component once its element is there; `read` gives the newest state, `watch` tells of changes.
-  hypersd.mount = (root, read, watch, wants) => {
-    const viewer = new Viewer(root, read, wants);
-    hypersd.viewer = viewer;
+  const follow = (screen, viewer, read, watch) => {
+    hypersd.viewers[screen] = viewer;
     watch('value', () => viewer.update(read()));
     viewer.update(read());
   };
+  hypersd.mount = (root, read, watch, wants) => follow('compare', new Viewer(root, read, wants), read, watch);
+  hypersd.parts = { Viewer, el, plural, setSrc, fillWait, follow };
 })();

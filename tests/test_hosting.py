@@ -1,0 +1,87 @@
+"""ZeroGPU with a stand-in for its package: who borrows a GPU, for how long, and that nobody does elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rows import METHODS
+from samples import panel
+
+from hypersd.engine import Engine
+from hypersd.hosting import SECONDS_MAX, gpu_draw
+from hypersd.records import InputError, Panel, Request
+
+CAT = Request("a cat", 1, 4)
+
+
+class Lender:
+    """What `spaces` does on ZeroGPU, in this process: notes for how long a GPU is asked for, then calls."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def GPU(self, task: Callable[..., Any], duration: Callable[..., int]) -> Callable[..., Any]:
+        def borrowed(*arguments: Any) -> Any:
+            self.asked.append(duration(*arguments))
+            return task(*arguments)
+
+        return borrowed
+
+
+def paint(backbone: Any, request: Request, method: Any, *, on_step: Any = None) -> Panel:
+    assert backbone.sha256 == "weights"
+    return panel(method=method.name, steps=request.steps)
+
+
+@pytest.fixture
+def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
+    lender = Lender()
+    monkeypatch.setitem(sys.modules, "spaces", lender)
+    return lender
+
+
+def model() -> Any:
+    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "")
+
+
+def test_each_picture_borrows_a_gpu_for_as_long_as_its_calls_need(lender: Lender) -> None:
+    draw = Engine(model, METHODS, gpu_draw(METHODS, paint))
+    assert draw(CAT, "lcm").panel == panel(method="lcm", steps=4)
+    draw(CAT, "lcm")  # kept: nothing is borrowed
+    draw(Request("a cat", 1, 50), "base")  # guided: 100 calls
+    draw(Request("a cat", 1, 100), "base")
+    assert lender.asked == [6, 15, 25]
+    assert max(lender.asked) <= SECONDS_MAX
+
+
+def test_what_cannot_be_drawn_borrows_nothing(lender: Lender) -> None:
+    with pytest.raises(InputError, match="tcd was made for 2-8 steps"):
+        Engine(model, METHODS, gpu_draw(METHODS, paint))(Request("a cat", 1, 1), "tcd")
+    assert lender.asked == []
+
+
+def test_where_the_package_does_nothing_the_engine_draws_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    unchanged = SimpleNamespace(GPU=lambda task, duration: task)
+    monkeypatch.setitem(sys.modules, "spaces", unchanged)
+    assert gpu_draw(METHODS, paint) is None
+
+
+def test_without_the_package_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spaces", None)
+    assert gpu_draw(METHODS) is None
+
+
+def test_the_borrowed_gpu_draws_what_generate_draws(lender: Lender, tiny_backbone: Any) -> None:
+    from dataclasses import replace
+
+    from hypersd import generate
+    from hypersd.methods import METHODS as REAL
+
+    request = Request("a happy cat", 3, 2)
+    borrowed = Engine(lambda: tiny_backbone, REAL, gpu_draw(REAL))(request, "base").panel
+    assert replace(borrowed, seconds=0) == replace(generate.draw(tiny_backbone, request, REAL["base"]), seconds=0)
+    assert len(lender.asked) == 1
