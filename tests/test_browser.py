@@ -448,7 +448,7 @@ def test_a_stopped_sweep_goes_on_and_its_link_draws_it_again_after_a_restart(vis
         port = app.server_port
         page.goto("about:blank")
     with served(ui.build(Painter(), METHODS, credits=""), server_port=port):
-        visit.open(link)
+        page.goto(link)  # opens on the sweep
         visit.wait_for_grid(12)
         assert page.input_value("#hs-sweep-prompts textarea") == "a blue fish\na red & green cat?"
         assert page.input_value("#hs-sweep-steps input") == "2,8"
