@@ -6,7 +6,7 @@ from typing import Any
 
 from hypersd import hosting, ui
 from hypersd.engine import Engine
-from hypersd.methods import METHODS
+from hypersd.methods import installed
 
 
 def load(device: str) -> Any:
@@ -16,9 +16,10 @@ def load(device: str) -> Any:
 
 
 if __name__ == "__main__":
-    on_gpu = hosting.gpu_draw(METHODS)  # None but on Hugging Face's lent GPUs
-    engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), METHODS, on_gpu)
-    demo = ui.build(engine, METHODS)
+    methods = installed("emoji")
+    on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
+    engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), methods, on_gpu)
+    demo = ui.build(engine, methods)
     ui.serve(demo, prevent_thread_lock=True)
     if not on_gpu:  # lent to visitors only
         engine.warm_up()

@@ -1,4 +1,4 @@
-"""python -m hypersd {draw, methods, bench, emoji}: parse, call, turn a wrong input into one sentence.
+"""python -m hypersd {draw, methods, distill, bench, emoji}: parse, call, turn a wrong input into one sentence.
 
 A command is one row in COMMANDS: its help line, a function that adds its arguments, a function that runs it. What a
 command needs is imported when it runs, so that `--help` answers at once.
@@ -10,10 +10,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from hypersd import __version__
-from hypersd.records import InputError, Problem, Request
+from hypersd.records import InputError, Problem, Request, real_number
+
+if TYPE_CHECKING:
+    from hypersd import distill
+    from hypersd.backbone import Backbone
 
 
 class Command(NamedTuple):
@@ -44,7 +49,7 @@ def draw_command(given: argparse.Namespace) -> None:
     out = check_png_path(given.out)
     from hypersd import methods
 
-    method = methods.find(given.method)
+    method = methods.find(given.method, methods.installed(given.backbone))
     method.check(request)
     from hypersd.backbone import Backbone
     from hypersd.generate import draw
@@ -62,18 +67,20 @@ def draw_command(given: argparse.Namespace) -> None:
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="every field, for programs")
 
 
 def methods_command(given: argparse.Namespace) -> None:
-    from hypersd.methods import METHODS
+    from hypersd.methods import installed
 
-    rows = [method.describe() for method in METHODS.values()]
+    table = installed(given.backbone)
+    rows = [method.describe() for method in table.values()]
     if given.json:
         print(json.dumps(rows, indent=2))
         return
     print(f"{'method':<10} {'steps':<8} {'guidance':<9} {'sampler':<8} {'licence':<14} summary")
-    for method in METHODS.values():
+    for method in table.values():
         print(
             f"{method.name:<10} {method.steps!s:<8} {method.guidance:<9g} {method.sampler:<8} "
             f"{method.licence:<14} {method.summary} {method.paper}"
@@ -92,7 +99,6 @@ def emoji_arguments(parser: argparse.ArgumentParser) -> None:
 
 def emoji_command(given: argparse.Namespace) -> None:
     from importlib import import_module
-    from pathlib import Path
 
     import_module(f"hypersd.emoji.{given.part}").make(Path(given.runs), minutes=given.minutes)
 
@@ -108,9 +114,76 @@ def bench_command(given: argparse.Namespace) -> None:
         print(f"{name:<32} {value:8.3f}")
 
 
+def distill_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("method", help="lcm, tcd or tscd: see `python -m hypersd methods`")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument(
+        "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"
+    )
+    parser.add_argument("--runs", default="runs/distill", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
+    parser.add_argument("--name", help="of its row in the app (default: the method's)")
+    parser.add_argument("--guidance", help="the teacher's scale, or a range such as 3-8 (default: the preset's)")
+    for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
+                         ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
+        parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
+    parser.add_argument("--dry-run", action="store_true", help="say what it will take, train nothing")
+
+
+def distill_command(given: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from hypersd import distill, methods
+    from hypersd.adapters import beside
+
+    method = methods.find(given.method)
+    settings, recipe = distill.preset(given.backbone)
+    changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
+    recipe = replace(recipe, **changed)
+    settings = replace(settings, rank=given.rank or settings.rank, guidance=_span(given.guidance, settings.guidance))
+    load = distill.loader(given.backbone)
+    if given.dry_run:
+        from hypersd.plan import dry_run
+
+        for line in dry_run(method, load(), settings, recipe):
+            print(line, flush=True)
+        return
+    runs, out = (
+        Path(given.runs) / Path(given.backbone).name,
+        Path(given.out) if given.out else beside(given.backbone)[1],
+    )
+    files = distill.run(
+        method, load, _opener(given.data, runs), settings, recipe, runs, out, name=given.name, minutes=given.minutes
+    )
+    for file in files:
+        print(f"{file.path}: {file.card.segments} segment(s), {file.card.updates} updates, sha256 {file.sha256[:12]}")
+
+
+def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, float]:
+    """ "3-8" -> (3.0, 8.0), "4" -> (4.0, 4.0)"""
+    if text is None:
+        return otherwise
+    low, _, high = text.partition("-")
+    return (real_number(low, "guidance", 0.0, 30.0), real_number(high or low, "guidance", 0.0, 30.0))
+
+
+def _opener(data: str | None, runs: Path) -> Callable[[Backbone], distill.Data]:
+    """A function that opens the training data for a backbone."""
+    if data is None:
+        from hypersd.emoji import training
+
+        return lambda backbone: training.dataset(Path("runs/emoji"), backbone)
+    from hypersd.data import open_source, prepare
+
+    return lambda backbone: prepare(open_source(data), backbone, runs / "data")
+
+
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
+    "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
 }

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hypersd.adapters import AdapterFile, fused, inspect
+from hypersd.adapters import load as load_adapter
 from hypersd.records import InputError
 from hypersd.schedule import Schedule
 
@@ -33,6 +35,7 @@ WEIGHTS = {  # part -> name of its weight file without the ending
     "vae": "diffusion_pytorch_model",
 }
 CACHED_PROMPTS = 256
+FUSED_NETWORKS = 4  # kept merged with an adapter; the unchanged layers are shared with the base
 
 
 class ModelError(InputError):
@@ -92,6 +95,7 @@ class Backbone:
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape: tuple[int, int, int] = (unet.config.in_channels, height, width)
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
+        self._wearing = lru_cache(FUSED_NETWORKS)(self._fuse)
 
     @classmethod
     def load(cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
@@ -130,6 +134,23 @@ class Backbone:
             lines.append(f"{path} {found}\n")
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @property
+    def picture_px(self) -> int:
+        """Side of the square pictures it draws, in pixels."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @cached_property
+    def encoders_sha256(self) -> str:
+        """One hash over what turns pictures and texts into latents and states; the denoiser has no part in it."""
+        files = [_weight_file(self.folder, self.name, part) for part in ("text_encoder", "vae")]
+        files += sorted(f for f in (self.folder / "tokenizer").iterdir() if f.is_file())
+        return hashlib.sha256("".join(f"{f.name} {_file_sha256(f)}\n" for f in files).encode()).hexdigest()
+
+    @cached_property
+    def network_sha256(self) -> str:
+        """sha256 of the denoiser's weight file: what an adapter was made for."""
+        return _file_sha256(_weight_file(self.folder, self.name, "unet"))
+
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """States [n, tokens, width] of n texts, in the network's dtype. Each text is encoded once and remembered."""
         # cat copies: the remembered inference tensors, unfit for training, stay here and cannot be changed outside
@@ -152,10 +173,36 @@ class Backbone:
         digest = hashlib.sha256(x_t.numpy().astype("<f4", copy=False).tobytes()).hexdigest()
         return x_t.to(self.device), digest
 
-    def predict(self, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
-        """The network's raw output at x_t [n, c, h, w], float32; eps, v or x0 as `schedule.prediction` says."""
-        output = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
+    def predict(self, x_t: Tensor, t: int | Tensor, states: Tensor, adapter: AdapterFile | None = None) -> Tensor:
+        """The network's raw output at x_t [n, c, h, w], float32; eps, v or x0 as `schedule.prediction` says.
+
+        An adapter is merged into a copy of the layers it changes when it is first asked for; the last few are kept.
+
+        Raises:
+            ModelError, AdapterError: the adapter was made for another base, or its file cannot be read.
+        """
+        network = self._wearing(adapter.path, adapter.sha256) if adapter else self.unet
+        output = network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
+
+    def _fuse(self, path: Path, sha256: str) -> UNet2DConditionModel:
+        file = inspect(path)
+        if file.sha256 != sha256:
+            raise ModelError(f"{path.name} was replaced by another file; start the app again")
+        if file.card.base_sha256 != self.network_sha256:
+            raise ModelError(
+                f"{path.name} was trained on another base than {self.name}; "
+                f"train it again with: python -m hypersd distill {file.card.method}"
+            )
+        return fused(self.unet, load_adapter(path), file.card.scale)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of pictures, uint8 [n, height, width, 3] -> float32 [n, c, h, w] each."""
+        image = pixels.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1
+        posterior = self.vae.encode(image).latent_dist
+        scale = self.vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

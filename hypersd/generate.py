@@ -53,6 +53,7 @@ def draw(
         ModelError: the weights are damaged.
     """
     method.check(request)
+    adapter = method.adapter(request.steps)
     base_sha256 = backbone.sha256  # hashed once per model, outside the time that is reported
     started = time.perf_counter()
     with torch.inference_mode():
@@ -75,7 +76,7 @@ def draw(
         backbone=backbone.name,
         base_sha256=base_sha256,
         method=method.name,
-        adapter_sha256=None,
+        adapter_sha256=adapter.sha256 if adapter else None,
         sampler=method.sampler,
         steps=request.steps,
         nfe=latents.nfe,
@@ -95,6 +96,7 @@ def denoise(
     Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes.
     """
     schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
+    adapter = method.adapter(request.steps)
     guided = g > 1
     states = backbone.embed([request.negative_prompt, request.prompt] if guided else [request.prompt])
     x_t, noise_sha256 = backbone.noise(request.seed)
@@ -103,7 +105,7 @@ def denoise(
     jumps = schedule.jumps(request.steps, method.spacing)
     for index, (t, s) in enumerate(jumps):
         network_input = torch.cat([x_t, x_t]) if guided else x_t
-        output = backbone.predict(network_input, t, states)
+        output = backbone.predict(network_input, t, states, adapter)
         nfe += len(network_input)
         if guided:  # arXiv:2207.12598, eq. 6
             unconditional, conditional = output.chunk(2)

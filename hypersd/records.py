@@ -15,6 +15,8 @@ from typing import Any
 PROMPT_CHARACTERS = 500
 SEED_MAX = 2**32 - 1
 STEPS_MAX = 1000  # no schedule here has more timesteps; each method allows fewer
+FINAL = -1  # the place after timestep 0 where a drawing of the base model ends
+CLEAN = 0  # timestep at which a distilled drawing ends: abar_0, not 1, as in diffusers' TCDScheduler
 
 
 class Problem(Exception):
@@ -93,6 +95,33 @@ class Panel:
 
     def __repr__(self) -> str:
         return f"Panel({self.method}, {self.steps} steps, {self.nfe} NFE, {self.seconds:.2f} s, {self.prompt!r})"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a LoRA file says of itself, in its safetensors metadata: enough to use it, and to train it again.
+
+    It was made by `method` for jumps within each of `segments` equal parts of the trajectory, on the base whose
+    network has `base_sha256`. Its row in the app is `name`. A drawing begins at timestep `start` and its last jump
+    lands at `end` (0: abar_0, not 1). `guidance` and `eta` are what to draw with; guidance 1 means that the scale is
+    baked in. The adapter is merged at `scale`. `recipe` holds every setting of the training.
+    """
+
+    name: str
+    method: str
+    backbone: str
+    base_sha256: str
+    segments: int
+    rank: int
+    guidance: float
+    eta: float
+    updates: int
+    data: str
+    commit: str
+    recipe: dict[str, Any]
+    start: int = 999
+    end: int = 0
+    scale: float = 1.0
 
 
 def digest(record: Request) -> str:

@@ -11,6 +11,8 @@ Glossary, the same symbols in the whole package:
     v                alpha eps - sigma x0, the velocity (arXiv:2202.00512, appendix D)
     s                where a step lands: the next timestep of the grid, after the last one FINAL
     n                network steps of a drawing
+    N                solver points of a distillation: the timesteps between which the teacher's ODE is followed
+    k                segments that the solver points are divided into (Hyper-SD, arXiv:2404.13686, section 3.1)
     g                guidance scale: eps_unc + g (eps_cond - eps_unc) (arXiv:2207.12598, eq. 6 with w = g - 1)
     eta              share of fresh noise in a step: 0 none, 1 all the sampler knows (gamma in TCD)
 
@@ -28,9 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypersd.records import InputError, whole_number
+from hypersd.records import CLEAN, FINAL, InputError, whole_number
 
-FINAL = -1  # the place after timestep 0 where a drawing ends
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -158,6 +159,50 @@ class Schedule:
         if self.prediction == "sample":
             return output, (x_t - alpha * output) / sigma
         return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Solver points and segment edges of trajectory segmented consistency distillation as one integer table.
+
+    `timesteps` holds CLEAN, then the N solver points in rising order; a place in it is called an index here, so that
+    index 0 is the clean end and indices 1..N are where a training latent may be. `lower[i]` is the index of the lower
+    edge of the segment of i: the point at an edge belongs to the segment below it. With N a multiple of k the edges
+    are the timesteps that a drawing in k trailing steps visits, so training and inference meet at the same points.
+    (Hyper-SD, eq. 11, computed in timesteps, has targets above their start at each edge that T / k does not hit.)
+    """
+
+    timesteps: Tensor  # int64 [N + 1]
+    lower: Tensor  # int64 [N + 1]; lower[0] is 0
+
+    @classmethod
+    def of(cls, k: int, n: int = 40, total: int = 1000) -> Segments:
+        """k segments of n solver points over `total` timesteps: 24, 49, .. 999 for n = 40.
+
+        Raises:
+            InputError: n is no multiple of k, or does not divide `total`.
+        """
+        if n < 1 or total % n:
+            raise InputError(f"solver points must divide the {total} timesteps, got {n}; type 40")
+        if k < 1 or n % k:
+            raise InputError(f"{n} solver points make no {k} equal segments; choose k from 1, 2, 4, 8")
+        index = torch.arange(n + 1)
+        timesteps = torch.cat([torch.tensor([CLEAN]), index[1:] * (total // n) - 1])
+        return cls(timesteps, (index - 1).clamp_min(0) // (n // k) * (n // k))
+
+    def top(self, index: Tensor) -> Tensor:
+        """The index of the upper edge of the segment of `index`, int64 [batch]."""
+        return self.lower[index] + int(self.lower.diff().max())
+
+    def draw(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(start, previous, end) indices from two uniform variables in [0, 1), float64 [batch].
+
+        The start is uniform over 1..N, the solver's previous point is one below it, and the end of the jump is
+        uniform from the segment's lower edge up to that previous point, both included (Algorithm 1).
+        """
+        first = 1 + (start * (len(self.timesteps) - 1)).long()
+        low, previous = self.lower[first], first - 1
+        return first, previous, low + (end * (previous - low + 1)).long()
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

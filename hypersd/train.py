@@ -13,18 +13,22 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import pandas
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hypersd import checkpoint
-from hypersd.records import Problem
+from hypersd.muon import Muon
+from hypersd.records import InputError, Problem
 
 _EXTENDABLE = {"updates", "cooldown"}  # they lie ahead; a change of anything else would belie what was done
 
@@ -51,6 +55,9 @@ class Recipe:
     clip: float = 1.0
     seed: int = 0
     precision: str = "fp32"  # fp32 | bf16: the network's arithmetic; weights, losses and averages stay fp32
+    optimizer: str = "adamw"  # adamw | muon
+    accumulate: int = 1  # micro-batches an update: less memory, the same gradient
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; adversarial losses want a short first memory
 
     def rate(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0."""
@@ -58,38 +65,80 @@ class Recipe:
         falling = min(1.0, (self.updates - step) / self.cooldown) if self.cooldown else 1.0
         return self.lr * rising * falling
 
+    def parts(self, process: int, processes: int) -> list[range]:
+        """The places of the batch that one of several processes works on, micro-batch by micro-batch.
+
+        Raises:
+            InputError: the batch does not divide into equal micro-batches.
+        """
+        pieces = processes * self.accumulate
+        if self.batch % pieces:
+            raise InputError(
+                f"a batch of {self.batch} cannot be cut into {pieces} equal parts "
+                f"({processes} processes x {self.accumulate} accumulated); choose a multiple of {pieces}"
+            )
+        size = self.batch // pieces
+        first = process * self.accumulate
+        return [range(i * size, (i + 1) * size) for i in range(first, first + self.accumulate)]
+
 
 class Step:
-    """One update's place in the run: which data, which random numbers."""
+    """One micro-batch's place in the run: which rows of the data, which random numbers.
 
-    def __init__(self, index: int, recipe: Recipe) -> None:
+    `part` are its places in the update's batch: all of them, or a slice under accumulation or in one of several
+    processes. `randn` and `uniform` give each place the numbers that it has in the whole batch, however that is cut.
+    """
+
+    def __init__(self, index: int, recipe: Recipe, part: range | None = None) -> None:
         self.index, self.recipe = index, recipe
+        self.part = range(recipe.batch) if part is None else part
 
     def generator(self, stream: str) -> torch.Generator:
-        """A fresh CPU generator for this (seed, step, stream)."""
-        key = hashlib.sha256(f"{self.recipe.seed} {self.index} {stream}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        """A fresh CPU generator for this (seed, step, stream), and for where the part begins."""
+        return _generator(self.recipe.seed, self.index, stream, *([self.part.start] if self.part.start else []))
 
     def rows(self, count: int) -> Tensor:
-        """The next `batch` row numbers out of `count`; every row once an epoch, epochs shuffled anew. int64 [batch]"""
-        first = self.index * self.recipe.batch
-        places = range(first, first + self.recipe.batch)
+        """The part's row numbers out of `count`; every row once an epoch, epochs shuffled anew. int64 [part]"""
+        places = [self.index * self.recipe.batch + place for place in self.part]
         return torch.stack([_shuffled(self.recipe.seed, place // count, count)[place % count] for place in places])
+
+    def randn(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal, float32 [part, *shape]."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators(stream)])
+
+    def uniform(self, stream: str) -> Tensor:
+        """Uniform in [0, 1), float64 [part]."""
+        return torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(stream)])
+
+    def _generators(self, stream: str) -> Iterator[torch.Generator]:
+        return (_generator(self.recipe.seed, self.index, stream, "place", place) for place in self.part)
+
+
+def _generator(*key: object) -> torch.Generator:
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @lru_cache(maxsize=4)
 def _shuffled(seed: int, epoch: int, count: int) -> Tensor:
-    key = hashlib.sha256(f"{seed} epoch {epoch}".encode()).digest()
-    return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1))
+    return torch.randperm(count, generator=_generator(seed, "epoch", epoch))
 
 
 class Objective(Protocol):
-    """What to train. `modules` are optimised and saved, each under its own optimizer, each with an average."""
+    """What to train. `modules` are optimised and saved, each under its own optimizer, each with an average.
+
+    An objective that needs an average while it trains (a target network) offers `averages() -> {name: module}`: the
+    average of module `name` then lives in that module's tensors.
+    """
 
     def modules(self) -> dict[str, nn.Module]: ...
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name of the module it trains, scalar loss), one after the other, for one update."""
+        """Yield (name of the module it trains, mean loss over the part) one after the other for one micro-batch.
+
+        Each loss is differentiated, and its graph freed, before the next is asked for. It reaches the named module
+        only. A module that no loss of an update names rests.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -106,13 +155,13 @@ class Run:
 
     def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
         self.objective, self.recipe, self.folder = objective, recipe, folder
+        self.processes = PartialState()  # this one of how many, as `accelerate launch` or torchrun set it up
         self.networks = objective.modules()
-        self.optimizers = {
-            name: torch.optim.AdamW(_trainable(m), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-            for name, m in self.networks.items()
-        }
+        self.optimizers = {name: _optimizer(m, recipe) for name, m in self.networks.items()}
+        kept: dict[str, nn.Module] = getattr(objective, "averages", dict)()
         self.average = {
-            name: {k: v.detach().clone() for k, v in m.state_dict().items()} for name, m in self.networks.items()
+            name: kept[name].state_dict() if name in kept else {k: v.clone() for k, v in m.state_dict().items()}
+            for name, m in self.networks.items()
         }
         self.step = 0
         self.log: list[dict[str, float]] = []
@@ -121,26 +170,46 @@ class Run:
     # ------------------------------------------------------------------------------------------- one update
 
     def update(self) -> dict[str, float]:
-        """One optimizer step per yielded loss, then the averages; returns the losses and gradient norms."""
-        rate, entry = self.recipe.rate(self.step), {"step": float(self.step)}
-        for name, loss in self.objective.losses(Step(self.step, self.recipe)):
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad(set_to_none=True)  # all of them: one player's loss may not leak into another
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(_trainable(self.networks[name]), self.recipe.clip)
-            value = entry[name] = float(loss.detach())
-            length = entry[f"{name}/norm"] = float(norm)
-            if not math.isfinite(value + length):
+        """Gradients of the whole batch, then one optimizer step a module, then the averages.
+
+        Returns the losses, and the lengths of the gradients before clipping.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        losses = self._gradients()
+        entry = {"step": float(self.step)}
+        for name, loss in losses.items():
+            weights = _trainable(self.networks[name])
+            length = float(nn.utils.clip_grad_norm_(weights, self.recipe.clip))
+            if not math.isfinite(loss + length):
                 raise Diverged(
-                    f"update {self.step}: {name} loss {value:g}, gradient norm {length:g}; the last good "
+                    f"update {self.step}: {name} loss {loss:g}, gradient norm {length:g}; the last good "
                     f"checkpoint in {self.folder} stands, resume with a lower learning rate"
                 )
+            entry |= {name: loss, f"{name}/norm": length}
             for group in self.optimizers[name].param_groups:
-                group["lr"] = rate
+                group["lr"] = self.recipe.rate(self.step)
             self.optimizers[name].step()
         self._move_average()
         self.step += 1
         return entry
+
+    def _gradients(self) -> dict[str, float]:
+        """Fill the gradients of every module with a loss in this update; returns the losses, over all processes."""
+        sums: dict[str, Tensor] = {}
+        for part in self.recipe.parts(self.processes.process_index, self.processes.num_processes):
+            for name, loss in self.objective.losses(Step(self.step, self.recipe, part)):
+                share = loss * (len(part) / self.recipe.batch)
+                share.backward(inputs=_trainable(self.networks[name]))  # one player's loss reaches no other player
+                sums[name] = sums.get(name, 0) + share.detach()
+        if self.processes.num_processes > 1:
+            for name in sums:
+                gradients = [p.grad for p in _trainable(self.networks[name]) if p.grad is not None]
+                together = reduce(torch.cat([sums[name].reshape(1), *(g.flatten() for g in gradients)]), "sum")
+                sums[name] = together[0]
+                for mine, whole in zip(gradients, together[1:].split([g.numel() for g in gradients]), strict=True):
+                    mine.copy_(whole.view_as(mine))
+        return {name: float(loss) for name, loss in sums.items()}
 
     @torch.no_grad()
     def _move_average(self) -> None:
@@ -172,27 +241,35 @@ class Run:
                 mininterval=2.0,
             ) as bar,
         ):
-            while self.step < self.recipe.updates and not signals.came:
+            while self.step < self.recipe.updates:
                 entry = self.update()
                 self.log.append(entry)
                 bar.update()
                 now = time.monotonic()
                 if self.step % 50 == 0:
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in self._recent(50).items()})
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in self._recent(50).items()})
                 if now - drawn > 60 * sheet_every:
                     self.draw()
                     drawn = time.monotonic()
                 if now - saved > 60 * save_every:
                     self.save()
                     saved = time.monotonic()
-                if minutes is not None and now - started > 60 * minutes:
+                if self._any(signals.came or (minutes is not None and now - started > 60 * minutes)):
                     break
             self.save()
         self.draw()
         return self.step >= self.recipe.updates
 
+    def _any(self, mine: bool) -> bool:
+        """Whether it is true in any process, so that all stop at the same update."""
+        if self.processes.num_processes == 1:
+            return mine
+        return bool(reduce(torch.tensor(float(mine), device=self.processes.device), "sum"))
+
     def draw(self) -> dict[str, float]:
         """The sample sheet and the loss curve; the objective's measures go to measures.jsonl."""
+        if not self.processes.is_main_process:
+            return {}
         with self.averaged():
             measures = self.objective.sheet(self.folder, self.step)
         with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as file:
@@ -207,11 +284,15 @@ class Run:
 
     def _recent(self, count: int) -> dict[str, float]:
         tail = self.log[-count:]
-        return {n: sum(e[n] for e in tail if n in e) / max(1, sum(n in e for e in tail)) for n in self.networks}
+        names = [key for n in self.networks for key in (n, f"{n}/norm")]
+        return {n: sum(e[n] for e in tail if n in e) / max(1, sum(n in e for e in tail)) for n in names}
 
     # ------------------------------------------------------------------------------------- saving, resuming
 
     def save(self) -> None:
+        """Publish a checkpoint, and the log as log.jsonl and log.csv."""
+        if not self.processes.is_main_process:
+            return
         tensors: dict[str, Tensor] = {}
         for name, network in self.networks.items():
             tensors |= dict(checkpoint.flatten(f"network/{name}", network.state_dict()))
@@ -226,6 +307,9 @@ class Run:
             "torch": torch.__version__,
         }
         checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+        log = pandas.DataFrame(self.log)
+        log.to_json(self.folder / "log.jsonl", orient="records", lines=True)
+        log.to_csv(self.folder / "log.csv", index=False)
 
     def _resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +320,8 @@ class Run:
         tree = _unflatten(found.tensors)
         for name, network in self.networks.items():
             network.load_state_dict(tree["network"][name])
-            self.average[name] = tree["average"][name]
+            for key, tensor in self.average[name].items():
+                tensor.copy_(tree["average"][name][key])
             layout = self.optimizers[name].state_dict()
             layout["state"] = {int(k): v for k, v in tree.get("optimizer", {}).get(name, {}).items()}
             self.optimizers[name].load_state_dict(layout)
@@ -249,8 +334,9 @@ class Run:
         tqdm.write(f"{self.folder.name}: resumed at update {self.step} of {self.recipe.updates}")
 
     def _same_recipe(self, state: dict[str, Any]) -> None:
-        now = {**asdict(self.recipe), **json.loads(json.dumps(self.objective.describe()))}
-        then = {**state["recipe"], **state["objective"]}
+        now = json.loads(json.dumps({**asdict(self.recipe), **self.objective.describe()}))
+        later = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}  # options it may not know yet
+        then = {**json.loads(json.dumps(later)), **state["recipe"], **state["objective"]}
         differs = [
             f"{k}: {then.get(k)} then, {now.get(k)} now"
             for k in sorted(now.keys() | then.keys())
@@ -261,6 +347,13 @@ class Run:
                 f"{self.folder} was started with another recipe ({'; '.join(differs)[:300]}); "
                 f"go back to it, or delete the folder to start anew"
             )
+
+
+def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "muon":
+        return Muon(network, recipe.lr, recipe.weight_decay)
+    trainable = _trainable(network)
+    return torch.optim.AdamW(trainable, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import tiny
 
+from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 
 
@@ -19,3 +21,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_folder: Path) -> Backbone:
     return Backbone.load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence[AdapterFile]:
+    """A small random LoRA for every stage of every method, made for the tiny model."""
+    return tiny.adapters(tiny_folder, tmp_path_factory.mktemp("lora"))

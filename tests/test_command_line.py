@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hypersd.__main__ import COMMANDS, main
-from hypersd.methods import METHODS
+from hypersd.methods import installed
 from hypersd.pictures import read_png
 
 
@@ -92,13 +92,13 @@ def test_a_broken_model_is_one_sentence(
 def test_methods_as_json_is_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows == [json.loads(json.dumps(method.describe())) for method in METHODS.values()]
+    assert rows == [json.loads(json.dumps(method.describe())) for method in installed().values()]
 
 
 def test_methods_for_people_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["method", *METHODS]
+    assert [line.split()[0] for line in lines] == ["method", *installed()]
 
 
 def test_stopping_is_not_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

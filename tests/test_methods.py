@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from hypersd import methods
+from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.generate import denoise
 from hypersd.methods import METHODS, Method, StepRange
@@ -20,7 +23,7 @@ each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 def test_the_base_model_comes_first() -> None:
     base = next(iter(METHODS.values()))
-    assert (base.name, base.adapter, base.sampler) == ("base", None, "DDIM")
+    assert (base.name, base.losses, base.sampler) == ("base", None, "DDIM")
     assert base.steps == StepRange(1, 100, (1, 2, 4, 8, 25))
     assert (base.guidance, base.eta) == (4.0, 0.0)
 
@@ -28,7 +31,7 @@ def test_the_base_model_comes_first() -> None:
 def test_every_file_has_its_row() -> None:
     folder = Path(methods.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
-    assert {method.step.__module__.rpartition(".")[2] for method in METHODS.values()} == files
+    assert {sys.modules[f"hypersd.methods.{file}"].METHOD.name for file in files} == set(METHODS)
 
 
 @each_method
@@ -50,7 +53,10 @@ def test_refuses_steps_it_was_not_made_for(method: Method) -> None:
 
 
 @each_method
-def test_draws_finite_latents_that_the_seed_decides(method: Method, tiny_backbone: Backbone) -> None:
+def test_draws_finite_latents_that_the_seed_decides(
+    method: Method, tiny_backbone: Backbone, tiny_adapters: Sequence[AdapterFile]
+) -> None:
+    method = methods.discover(tiny_adapters, tiny_backbone.network_sha256)[method.name]
     for steps in {method.steps.low, min(method.steps.high, 4)}:
         first, again, other = (
             denoise(tiny_backbone, Request("a cat", seed=seed, steps=steps), method).x for seed in (1, 1, 2)

@@ -6,6 +6,12 @@ from pathlib import Path
 
 import torch
 
+from hypersd.adapters import AdapterFile, save
+from hypersd.backbone import Backbone
+from hypersd.methods import METHODS
+from hypersd.records import Adapter
+from hypersd.roles import Roles
+
 WORDS = ("a", "happy", "cat", "dog", "red", "heart", "style")
 TOKENS = 12  # how many the text encoder reads, marks of start and end included
 SIZE_PX = 32
@@ -77,6 +83,25 @@ def build(folder: Path, prediction: str = "v_prediction", set_alpha_to_one: bool
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
+    """A random LoRA for every stage of every method that is trained; equal models give equal files."""
+    files = []
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        backbone = Backbone.load(model)
+        role = Roles(backbone.unet).add("any", rank=rank)
+        for method in METHODS.values():
+            for stage in method.stages:
+                random = {name: 0.1 * torch.randn_like(tensor) for name, tensor in role.adapter().items()}
+                card = Adapter(
+                    name=method.name, method=method.name, backbone="tiny", base_sha256=backbone.network_sha256,
+                    segments=stage.segments, rank=rank, guidance=method.guidance, eta=method.eta, updates=0,
+                    data="", commit="", recipe={},
+                )  # fmt: skip
+                files.append(save(folder / f"{method.name}-{stage.segments}.safetensors", random, card))
+    return files
 
 
 def tokenizer():  # type: ignore[no-untyped-def]

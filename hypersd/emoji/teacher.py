@@ -29,15 +29,16 @@ from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step
 
 RECIPE = Recipe(
-    updates=60000,
-    batch=32,
+    updates=4800,
+    batch=64,
     lr=1e-3,
-    warmup=500,
-    cooldown=8000,
+    warmup=100,
+    cooldown=3800,
     weight_decay=0.01,
     ema=0.9995,
     clip=1.0,
     precision="bf16",
+    optimizer="muon",
 )
 EMPTY = 0.10  # share of pictures that come without a caption
 STYLED = 0.5  # share of captions that name their style

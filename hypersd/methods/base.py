@@ -1,17 +1,19 @@
-"""What a method is: how one step is taken, for how many steps it was made, and how it presents itself."""
+"""What a method is: how a step is taken, for how many it was made, how it is trained, how it presents itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from hypersd.adapters import AdapterFile
 from hypersd.records import InputError, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hypersd.schedule import Schedule
+    from hypersd import train
+    from hypersd.schedule import Level, Schedule
 
 
 class Step(Protocol):
@@ -46,12 +48,75 @@ class StepRange:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One training run of a method: in how many `segments` the trajectory is cut, and what the loss is made of.
+
+    `mse` and `adversarial` weigh its two parts. `offset_noise` is the deviation of noise that is the same all over a
+    channel, added to the noise of the training latents.
+    """
+
+    segments: int = 1
+    mse: float = 1.0
+    adversarial: float = 0.0
+    offset_noise: float = 0.0
+
+
+class Places(NamedTuple):
+    """Where a micro-batch stands: x_t at t, the solver's next point below, the end of the jump, the segment's top.
+
+    x_t is [batch, c, h, w]; the rest are timesteps, int64 [batch]; `states` condition the network.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    t_prev: Tensor
+    t_end: Tensor
+    t_top: Tensor
+    states: Tensor
+
+
+class Training(Protocol):
+    """What a method's loss may ask for: the network in its roles, and places on the trajectory.
+
+    Roles are "student", which learns, and "ema", its slow average, which gives the target.
+    """
+
+    stage: Stage
+
+    def places(self, step: train.Step) -> Places:
+        """The micro-batch: captioned latents, noised to solver points."""
+        ...
+
+    def teacher_step(self, at: Places) -> Tensor:
+        """One DDIM step of the guided base from x_t down to t_prev, without gradient (Hyper-SD, eq. 1)."""
+        ...
+
+    def estimate(self, role: str, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) as the network sees them in that role; with gradient for the student only."""
+        ...
+
+    def level(self, t: Tensor) -> Level: ...
+
+    def fool(self, fake: Tensor, at: Places, step: train.Step) -> Tensor:
+        """The student's loss before the adversary: how surely that tells that `fake`, at t_end, is no target."""
+        ...
+
+    def tell(self, real: Tensor, at: Places, step: train.Step) -> Tensor:
+        """The adversary's own loss: to tell `real`, at t_end, from the fake it was shown last."""
+        ...
+
+
+Losses = Callable[[Training, "train.Step"], Iterator[tuple[str, "Tensor"]]]
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of METHODS: everything the app, the command line and the tests need to know about a method.
 
     `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its
-    grid of timesteps. `adapter` names the LoRA it needs, None for the bare base model. `otherwise` ends the sentence
-    that a wrong step count gets, for example "for one step choose hyper".
+    grid of timesteps. `losses` and `stages` say how it is trained, stage after stage, None and () for the base model;
+    `adapters` are what came of it and was found, one a stage. `otherwise` ends the sentence that a wrong step count
+    gets, for example "for one step choose hyper".
     """
 
     name: str
@@ -64,9 +129,11 @@ class Method:
     guidance: float
     eta: float
     spacing: str = "trailing"
-    adapter: str | None = None
     licence: str = "Apache-2.0"
     otherwise: str = ""
+    losses: Losses | None = None
+    stages: tuple[Stage, ...] = ()
+    adapters: tuple[AdapterFile, ...] = ()
 
     def check(self, request: Request) -> None:
         """InputError if the method was not made for the request's number of steps."""
@@ -75,7 +142,28 @@ class Method:
             plural = "step" if self.steps.high == 1 else "steps"
             raise InputError(f"{self.name} was made for {self.steps} {plural}, got {request.steps}; {advice}")
 
+    def adapter(self, steps: int) -> AdapterFile | None:
+        """The adapter to draw so many steps with; None for the base model.
+
+        An adapter for k segments knows jumps that stay within a segment, so k must divide the number of steps: then
+        every edge is visited. Of those that qualify the one with most segments is closest to the base model.
+
+        Raises:
+            InputError: no adapter was found that can.
+        """
+        if self.losses is None:
+            return None
+        fitting = [a for a in self.adapters if steps % a.card.segments == 0]
+        if not fitting:
+            raise InputError(
+                f"{self.name} has no trained adapter for {steps} steps here; "
+                f"train one with: python -m hypersd distill {self.name}"
+            )
+        return max(fitting, key=lambda a: a.card.segments)
+
     def describe(self) -> dict[str, Any]:
-        """The row without its function, ready for JSON."""
-        row = {name: value for name, value in vars(self).items() if name not in ("step", "steps", "otherwise")}
-        return {**row, "steps": asdict(self.steps)}
+        """The row without its functions, ready for JSON."""
+        hidden = ("step", "steps", "otherwise", "losses", "stages", "adapters")
+        row = {name: value for name, value in vars(self).items() if name not in hidden}
+        adapters = [{"file": a.path.name, "sha256": a.sha256, **asdict(a.card)} for a in self.adapters]
+        return {**row, "steps": asdict(self.steps), "adapters": adapters}

@@ -1,0 +1,77 @@
+"""The latent adversary: small heads that judge what the frozen base network sees in a latent.
+
+SDXL-Lightning (arXiv:2402.13929, section 3.2), which Hyper-SD cites, trains a copy of the network's encoder as the
+discriminator. Here, as in latent adversarial distillation and PCM (arXiv:2405.18407, section 3.4), the encoder is the
+frozen base itself, looked into at every level, and only a head a level is trained: no second network is in memory, and
+the pass stops after the middle block. Loss: hinge (arXiv:1705.02894, eq. 5-6), averaged over positions and levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH = 64
+
+
+class _Enough(Exception):
+    """The last feature wanted has been seen; the rest of the network need not run."""
+
+
+class Adversary(nn.Module):
+    """A head for every down block and the middle block of a UNet2DConditionModel."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        widths = [*network.config.block_out_channels, network.config.block_out_channels[-1]]
+        self.heads = nn.ModuleList(_head(width) for width in widths)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Judgements [batch, 1, h, w] of each level: above 1 is surely a target, below -1 surely the student's."""
+        return [head(f.float()) for head, f in zip(self.heads, features, strict=True)]
+
+
+def _head(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, WIDTH, 3, padding=1),
+        nn.GroupNorm(min(32, WIDTH // 4), WIDTH),
+        nn.SiLU(),
+        nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+        nn.GroupNorm(min(32, WIDTH // 4), WIDTH),
+        nn.SiLU(),
+        nn.Conv2d(WIDTH, 1, 1),
+    )
+
+
+def features(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
+    """What the network sees: the output of each down block and of the middle block, [batch, width, h, w] each."""
+    seen: list[Tensor] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+        if len(seen) == len(blocks):
+            raise _Enough
+
+    blocks = [*network.down_blocks, network.mid_block]
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    try:
+        network(x_t, t, encoder_hidden_states=states, return_dict=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def fool(judgements: list[Tensor]) -> Tensor:
+    """The generator's loss: to be judged a target."""
+    return -torch.stack([j.mean() for j in judgements]).mean()
+
+
+def tell(fake: list[Tensor], real: list[Tensor]) -> Tensor:
+    """The adversary's hinge loss; 2 for one that cannot tell."""
+    pairs = zip(fake, real, strict=True)
+    return torch.stack([(1 + f).relu().mean() + (1 - r).relu().mean() for f, r in pairs]).mean()

@@ -1,0 +1,349 @@
+"""A method, a base model and captioned latents -> a LoRA: what METHODS says of the training, put together and run.
+
+    python -m hypersd distill tscd --backbone emoji
+
+Every stage of the method is one `train.Run` in a folder of its own. It starts from the LoRA of the stage before, with
+a new optimizer, and ends with a file that the app shows by itself. The network is in memory once: teacher, student and
+target are roles of it (roles.py), and so is the trunk of the adversary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hypersd import __version__, adapters, adversary
+from hypersd.backbone import Backbone
+from hypersd.generate import denoise
+from hypersd.methods import METHODS, Method, Stage
+from hypersd.methods.base import Places
+from hypersd.records import Adapter, InputError, Request
+from hypersd.roles import Roles
+from hypersd.schedule import Level, Segments
+from hypersd.solvers import ddim_step
+from hypersd.train import Recipe, Run, Step
+
+SHEET_STEPS = (1, 2, 4, 8)
+TEACHER_STEPS = 50  # of the pictures that students are measured against
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same in every stage. `guidance` is the teacher's scale, drawn from the range for each latent."""
+
+    rank: int
+    guidance: tuple[float, float]
+    points: int = 40
+    pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
+    prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
+
+
+class Preset(NamedTuple):
+    settings: Settings
+    recipe: Recipe
+
+
+EMOJI_PROMPTS = "grinning face, cat face, red heart, rocket, pizza, banana, owl, house, bus, robot, rose, crown"
+_EMOJI = Settings(rank=32, guidance=(4.0, 4.0), prompts=tuple(EMOJI_PROMPTS.split(", ")))
+_LARGE = Settings(rank=64, guidance=(7.5, 7.5))
+_SMALL_RECIPE = Recipe(updates=600, batch=32, lr=1e-3, warmup=30, cooldown=200, weight_decay=0.0, ema=0.98)
+_LARGE_RECIPE = Recipe(updates=6000, batch=64, lr=1e-5, warmup=200, weight_decay=0.0, ema=0.995, accumulate=8)
+PRESETS = {  # by backbone: for a folder of your own, those of sd15
+    "emoji": Preset(_EMOJI, _SMALL_RECIPE),
+    "sd15": Preset(_LARGE, _LARGE_RECIPE),
+    "sdxl": Preset(_LARGE, replace(_LARGE_RECIPE, lr=5e-6)),
+}
+ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
+
+
+class Batch(Protocol):
+    @property
+    def latents(self) -> Tensor | None: ...
+    @property
+    def states(self) -> Tensor: ...
+
+
+class Data(Protocol):
+    """What is asked of training data; `data.Dataset` is one. Equal digests mean equal samples."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def empty(self) -> Tensor: ...
+    def __len__(self) -> int: ...
+    def take(self, rows: Tensor, draws: Step | None = None) -> Batch: ...
+
+
+# --------------------------------------------------------------------------------------------- the objective
+
+
+class Distillation:
+    """The objective of one stage, and the `methods.base.Training` that its losses see."""
+
+    def __init__(
+        self, backbone: Backbone, data: Data, method: Method, stage: Stage, settings: Settings, seed: int = 0
+    ) -> None:
+        if method.losses is None:
+            raise InputError(f"{method.name} is not trained; choose one of {', '.join(trainable())}")
+        self.backbone, self.data, self.method, self.stage, self.settings = backbone, data, method, stage, settings
+        self.schedule = backbone.schedule
+        self.segments = Segments.of(stage.segments, settings.points, len(self.schedule))
+        self.network = backbone.unet
+        self.roles = Roles(self.network)
+        torch.manual_seed(seed)
+        self.roles.add("student", rank=settings.rank)
+        self.roles.add("ema", rank=settings.rank, trainable=False)
+        self.roles.copy("student", "ema")
+        self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
+        self.start_sha256 = ""
+
+    def start_from(self, file: adapters.AdapterFile) -> None:
+        """Begin with the LoRA of an earlier stage, or of anybody. Raises InputError if it does not fit this base."""
+        for role in ("student", "ema"):
+            self.roles[role].load_adapter(adapters.load(file.path))
+        self.start_sha256 = file.sha256
+
+    def modules(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {"student": self.roles["student"]}
+        return found | {"adversary": self.adversary} if self.adversary else found
+
+    def averages(self) -> dict[str, nn.Module]:
+        return {"student": self.roles["ema"]}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "method": self.method.name,
+            "stage": asdict(self.stage),
+            "settings": asdict(self.settings),
+            "base_sha256": self.backbone.network_sha256,
+            "data": self.data.digest,
+            "start": self.start_sha256,
+        }
+
+    def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
+        assert self.method.losses is not None
+        return self.method.losses(self, step)
+
+    # ------------------------------------------------------------------------- what a method's loss may ask for
+
+    def places(self, step: Step) -> Places:
+        """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent."""
+        batch = self.data.take(step.rows(len(self.data)), step)
+        assert batch.latents is not None, "checked when the data was opened"
+        x0, device = batch.latents.to(self.backbone.device), self.backbone.device
+        noise = step.randn("noise", x0.shape[1:])
+        if self.stage.offset_noise:
+            noise += self.stage.offset_noise * step.randn("offset", (x0.shape[1], 1, 1))
+        noise = noise.to(device)
+        start, previous, end = self.segments.draw(step.uniform("start"), step.uniform("end"))
+        top = self.segments.top(start)
+        t, t_prev, t_end, t_top = (self.segments.timesteps[i].to(device) for i in (start, previous, end, top))
+        self._guidance = self._draw_guidance(step).to(device)
+        x_t = self.schedule.diffuse(x0, noise, t)
+        if self.settings.pure_noise:
+            x_t = torch.where((t == len(self.schedule) - 1).view(-1, 1, 1, 1), noise, x_t)
+        return Places(x_t, t, t_prev, t_end, t_top, batch.states.to(device))
+
+    def _draw_guidance(self, step: Step) -> Tensor:
+        low, high = self.settings.guidance
+        return (low + (high - low) * step.uniform("guidance")).float().view(-1, 1, 1, 1)
+
+    @torch.no_grad()
+    def teacher_step(self, at: Places) -> Tensor:
+        with self.roles.wear():
+            if self.settings.guidance == (1.0, 1.0):
+                output = self._call(at.x_t, at.t, at.states)
+            else:  # arXiv:2207.12598, eq. 6, both halves in one batch
+                empty = self.data.empty.to(at.states).expand_as(at.states)
+                twice = (torch.cat([at.x_t, at.x_t]), torch.cat([at.t, at.t]), torch.cat([empty, at.states]))
+                unconditional, conditional = self._call(*twice).chunk(2)
+                output = unconditional + self._guidance * (conditional - unconditional)
+        x0, eps = self.schedule.split(output, at.x_t, at.t)
+        return ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
+
+    def estimate(self, role: str, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        with self.roles.wear(role), torch.set_grad_enabled(role == "student"):
+            return self.schedule.split(self._call(x_t, t, states), x_t, t)
+
+    def level(self, t: Tensor) -> Level:
+        return self.schedule.level(t)
+
+    def fool(self, fake: Tensor, at: Places, step: Step) -> Tensor:
+        self._fake = self._features(fake, at, step)
+        return adversary.fool(self._adversary(self._fake))
+
+    def tell(self, real: Tensor, at: Places, step: Step) -> Tensor:
+        with torch.no_grad():
+            seen = self._features(real, at, step)
+        return adversary.tell(self._adversary([f.detach() for f in self._fake]), self._adversary(seen))
+
+    @property
+    def _adversary(self) -> adversary.Adversary:
+        assert self.adversary is not None, "a stage whose loss asks for an adversary gives it a weight"
+        return self.adversary
+
+    def _features(self, x: Tensor, at: Places, step: Step) -> list[Tensor]:
+        """What the bare base sees in x, at t_end, after it was noised to a timestep inside its segment."""
+        t = at.t_end + (step.uniform("judged").to(x.device) * (at.t_top - at.t_end)).long()
+        ratio = self.level(t).alpha / self.level(at.t_end).alpha  # DDPM, eq. 4, between two levels
+        noised = ratio * x + (1 - ratio**2).clamp_min(0) ** 0.5 * step.randn("judged noise", x.shape[1:]).to(x)
+        with self.roles.wear():
+            return adversary.features(self.network, noised.to(self.backbone.dtype), t, at.states)
+
+    def _call(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        dtype = self.backbone.dtype
+        output = self.network(x_t.to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False)[0]
+        return output.float()
+
+    # ------------------------------------------------------------------------------------------ while it trains
+
+    @torch.inference_mode()
+    def sheet(self, folder: Path, step: int) -> dict[str, float]:
+        """A grid: fixed prompts in rows; 1, 2, 4, 8 steps of the student and 50 of the teacher in columns.
+
+        Returns the mean squared distance of the student's latents to the teacher's from the same noise.
+        """
+        row, goals = replace(self.method, losses=None), self._teacher(folder.parent)
+        pictures, distance = [], {f"to_teacher_{n}": 0.0 for n in SHEET_STEPS}
+        for number, prompt in enumerate(self.settings.prompts):
+            for n in SHEET_STEPS:
+                with self.roles.wear("student"):
+                    x = denoise(self.backbone, Request(prompt, number, n, guidance=1.0), row).x
+                pictures.append(self.backbone.decode(x)[0])
+                error = float((x - goals[number]).square().mean())
+                distance[f"to_teacher_{n}"] += error / len(self.settings.prompts)
+            pictures.append(self.backbone.decode(goals[number][None])[0])
+        columns = len(SHEET_STEPS) + 1
+        grid = torch.cat([torch.cat(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)])
+        Image.fromarray(grid.numpy()).save(folder / "sheet.png")
+        return distance
+
+    def _teacher(self, folder: Path) -> Tensor:
+        """Where the guided base ends after 50 steps, [prompts, c, h, w]; kept in `folder` for the other stages."""
+        low, high = self.settings.guidance
+        key = f"{self.backbone.network_sha256} {self.settings.prompts} {low} {high} {TEACHER_STEPS}"
+        path = folder / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+        if not path.exists():
+            base, g = METHODS["base"], (low + high) / 2
+            prompts = tqdm(self.settings.prompts, desc="teacher", unit="picture")
+            with self.roles.wear():
+                ends = [denoise(self.backbone, Request(p, i, TEACHER_STEPS, g), base).x for i, p in enumerate(prompts)]
+            np.save(path, torch.cat(ends).cpu().numpy())
+        return torch.from_numpy(np.load(path)).to(self.backbone.device)
+
+
+# ----------------------------------------------------------------------------------------------- stage by stage
+
+
+def trainable() -> list[str]:
+    """The methods that can be trained."""
+    return [name for name, row in METHODS.items() if row.losses]
+
+
+def preset(backbone: str) -> Preset:
+    return PRESETS.get(backbone, PRESETS["sd15"])
+
+
+def loader(backbone: str) -> Callable[[], Backbone]:
+    """A function that loads the base for training: bfloat16 where its arithmetic is quick, roles are float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quick = device == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return lambda: Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)
+
+
+def stage_recipe(recipe: Recipe, stage: Stage) -> Recipe:
+    return replace(recipe, betas=ADVERSARIAL_BETAS) if stage.adversarial else recipe
+
+
+def run(
+    method: Method,
+    load: Callable[[], Backbone],
+    open_data: Callable[[Backbone], Data],
+    settings: Settings,
+    recipe: Recipe,
+    runs: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    minutes: float | None = None,
+) -> list[adapters.AdapterFile]:
+    """Train every stage of a method that has no file in `out` yet, each from the one before.
+
+    Args:
+        load: gives the base model anew for each stage; the roles of the last one are gone with it.
+        open_data: captioned latents for it.
+        runs: folder of the runs, one below it a stage; the same call goes on where it was stopped.
+        out: where the LoRA files go; `name`, the method's own if not given, is their row in the app.
+        minutes: stop after so long, of all stages together.
+
+    Raises:
+        InputError: the data holds no pictures, or fewer than a batch.
+    """
+    files: list[adapters.AdapterFile] = []
+    started = time.monotonic()
+    for stage in method.stages:
+        label = f"{name or method.name}-{stage.segments}" if len(method.stages) > 1 else name or method.name
+        backbone = load()
+        data = open_data(backbone)
+        objective = Distillation(backbone, check_data(data, recipe), method, stage, settings, recipe.seed)
+        if files:
+            objective.start_from(files[-1])
+        training = Run(objective, stage_recipe(recipe, stage), runs / label)
+        left = None if minutes is None else minutes - (time.monotonic() - started) / 60
+        if not training.advance(minutes=left):
+            tqdm.write(f"{label}: {training.step} of {recipe.updates} updates done; run this again to go on")
+            break
+        if training.processes.is_main_process:
+            adapters.save(out / f"{label}.safetensors", objective.roles["ema"].adapter(), card(training, name))
+        training.processes.wait_for_everyone()
+        files.append(adapters.inspect(out / f"{label}.safetensors"))
+    return files
+
+
+def check_data(data: Data, recipe: Recipe) -> Data:
+    if len(data) < recipe.batch:
+        raise InputError(f"the data holds {len(data)} samples, fewer than a batch of {recipe.batch}; choose --batch")
+    if data.take(torch.tensor([0])).latents is None:
+        raise InputError("the data holds prompts only; distillation needs pictures with captions")
+    return data
+
+
+def card(training: Run, name: str | None) -> Adapter:
+    """What the LoRA file of a finished stage says of itself."""
+    objective = training.objective
+    assert isinstance(objective, Distillation)
+    method = objective.method
+    return Adapter(
+        name=name or method.name,
+        method=method.name,
+        backbone=objective.backbone.name,
+        base_sha256=objective.backbone.network_sha256,
+        segments=objective.stage.segments,
+        rank=objective.settings.rank,
+        guidance=method.guidance,
+        eta=method.eta,
+        updates=training.step,
+        data=objective.data.digest,
+        commit=commit(),
+        recipe={**asdict(training.recipe), **objective.describe()},
+    )
+
+
+def commit() -> str:
+    """The git commit of this package, "-dirty" behind it if files were changed; the version where there is no git."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return told.stdout.strip() or __version__

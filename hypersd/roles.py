@@ -1,0 +1,211 @@
+"""One frozen base, several roles: named LoRAs (arXiv:2106.09685) on one network, worn one at a time or together.
+
+Teacher, student, EMA target and fake score are the same network: nothing is ever copied, and a switch costs nothing.
+PEFT injects the layers; which of them are worn is decided here, because PEFT's own switch flips `requires_grad`, and a
+parameter whose flag is off when the gradient arrives gets none, without a word.
+
+    roles = Roles(unet)
+    roles.add("student", rank=64)
+    roles.add("ema", rank=64, trainable=False)
+    with roles.wear("student"):
+        prediction = unet(...)  # the graph keeps the student's tensors, whatever is worn when backward is called
+    with roles.wear(), torch.no_grad():
+        teacher = unet(...)
+
+Differs from PEFT: adapters are float32 whatever the base's dtype (AdamW on bfloat16 weights loses small steps), and
+passes without gradient run on the effective weight W + s B A, made layer by layer and thrown away, which for
+convolutions costs a fraction of two more convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hypersd.records import InputError
+
+LAYERS = (  # every linear and convolution of a Stable Diffusion UNet but the first, the last and the time embedding
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+HALVES = ("lora_A", "lora_B")
+
+
+class _Worn:
+    """What is worn now; one object shared by all layers, so that a switch is one assignment."""
+
+    names: tuple[str, ...] = ()
+
+
+class _Layer:
+    """What the two kinds of layer have in common: the base layer and its low-rank additions, by role."""
+
+    worn: _Worn
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    scaling: dict[str, float]
+
+    def forward(self, x: Tensor) -> Tensor:
+        names = [name for name in self.worn.names if name in self.lora_A]
+        if not names:
+            return self.base_layer(x)
+        if torch.is_grad_enabled():
+            return self._low_rank(x, names)
+        weight = self.base_layer.weight
+        for name in names:
+            weight = weight + self._delta(name).to(weight.dtype)
+        return self._base(x, weight)
+
+    def _low_rank(self, x: Tensor, names: list[str]) -> Tensor:
+        y = self.base_layer(x)
+        for name in names:
+            a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
+            y = y + self.scaling[name] * self._up(self._down(x, a), b)
+        return y
+
+    def _delta(self, name: str) -> Tensor:
+        """s B A in the shape of the base layer's weight."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return (self.scaling[name] * b.flatten(1) @ a.flatten(1)).view_as(self.base_layer.weight)
+
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError  # one of the two classes below answers
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _up(self, x: Tensor, b: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Linear(_Layer, lora.Linear):
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.base_layer.bias)
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    _up = _down
+
+
+class _Conv2d(_Layer, lora.Conv2d):
+    def _base(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.base_layer
+        return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation)
+
+    def _down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.conv2d(x, a, None, self.base_layer.stride, self.base_layer.padding, self.base_layer.dilation)
+
+    def _up(self, x: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(x, b)
+
+
+class Role(nn.Module):
+    """The parameters of one role as a module of their own, which an optimizer and a checkpoint take as any other.
+
+    Names are those of the layers, with colons for dots: "mid_block:attentions:0:proj_in:lora_A".
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name.replace(".", ":"), parameter)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """{"mid_block.attentions.0.proj_in.lora_A": [rank, in, ...], ...}, sharing memory with the role."""
+        return {name.replace(":", "."): tensor.detach() for name, tensor in self.state_dict().items()}
+
+    @torch.no_grad()
+    def load_adapter(self, adapter: dict[str, Tensor]) -> None:
+        """Copy what `adapter()` of an equal role gave.
+
+        Raises:
+            InputError: a layer is missing, unknown, or of another shape (another base, or another rank).
+        """
+        own = self.adapter()
+        if odd := sorted(own.keys() ^ adapter.keys()):
+            what = "lacks" if odd[0] in own else "has the unknown"
+            raise InputError(f"this adapter {what} layer {odd[0]}; it was made for another base or other layers")
+        for name, tensor in own.items():
+            if tensor.shape != adapter[name].shape:
+                raise InputError(
+                    f"this adapter's {name} is {tuple(adapter[name].shape)}, the role's is {tuple(tensor.shape)}; "
+                    "it was made for another base or with another rank"
+                )
+            tensor.copy_(adapter[name])
+
+
+class Roles:
+    """The roles of one network, which is frozen for good. Outside any `wear` it is the bare base."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.requires_grad_(False)
+        self._worn = _Worn()
+        self._roles: dict[str, Role] = {}
+        self._trainable: dict[str, bool] = {}
+
+    def __getitem__(self, name: str) -> Role:
+        return self._roles[name]
+
+    def add(self, name: str, *, rank: int, layers: Sequence[str] = LAYERS, trainable: bool = True) -> Role:
+        """A new role that changes nothing yet: A is random (torch's global generator), B is zero, the scale is 1.
+
+        Raises:
+            InputError: the name is taken, or no layer of the network is among `layers`.
+        """
+        if name in self._roles:
+            raise InputError(f"there is a role {name!r} already; choose another name")
+        if not any(key == end or key.endswith(f".{end}") for key, _ in self.network.named_modules() for end in layers):
+            raise InputError(f"the network has none of the layers {', '.join(layers)}")
+        # alpha = rank: a scale of 1, which readers that miss the alpha assume anyway
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
+        config._register_custom_module({nn.Linear: _Linear, nn.Conv2d: _Conv2d})
+        inject_adapter_in_model(config, self.network, name)
+        parameters = {}
+        for path, layer in self.network.named_modules():
+            if isinstance(layer, _Layer) and name in layer.lora_A:
+                layer.worn = self._worn
+                for half in HALVES:
+                    weight = getattr(layer, half)[name].weight
+                    weight.data = weight.data.float()
+                    parameters[f"{path}.{half}"] = weight
+        self._roles[name] = Role(parameters)
+        self._trainable[name] = trainable
+        for other, role in self._roles.items():  # PEFT has just switched off all but the newest
+            role.requires_grad_(self._trainable[other])
+        return self._roles[name]
+
+    @contextmanager
+    def wear(self, *names: str) -> Iterator[None]:
+        """The network with these roles on, none for the bare base; the old ones are back afterwards."""
+        if unknown := [name for name in names if name not in self._roles]:
+            raise InputError(f"there is no role {unknown[0]!r}; the roles are {', '.join(self._roles) or 'none yet'}")
+        before, self._worn.names = self._worn.names, names
+        try:
+            yield
+        finally:
+            self._worn.names = before
+
+    def checkpointing(self) -> None:
+        """Trade time for memory (arXiv:1604.06174); what is computed again is computed in the roles of then."""
+        self.network.enable_gradient_checkpointing(partial(_checkpoint, self))
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Make `target` equal to `source`."""
+        self[target].load_adapter(self[source].adapter())
+
+
+def _checkpoint(roles: Roles, function: Any, *arguments: Any) -> Any:
+    names = roles._worn.names
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), roles.wear(*names)))
