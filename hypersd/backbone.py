@@ -194,7 +194,7 @@ class Backbone:
                 f"{path.name} was trained on another base than {self.name}; "
                 f"train it again with: python -m hypersd distill {file.card.method}"
             )
-        return fused(self.unet, load_adapter(path), file.card.scale)  # type: ignore[return-value]
+        return fused(self.unet, load_adapter(path), file.card.scale)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

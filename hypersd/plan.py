@@ -65,7 +65,8 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
 
 def dry_run(method: Method, backbone: Backbone, settings: Settings, recipe: Recipe) -> Iterator[str]:
     """The plan of a training, line by line: parts, sizes, network calls of an update, seconds."""
-    yield f"{method.name} on {backbone.name}, {len(method.stages)} stage(s) of {recipe.updates:,} updates of {recipe.batch}"
+    count, updates = len(method.stages), f"{recipe.updates:,} updates of {recipe.batch} latents"
+    yield f"{method.name} on {backbone.name}: {count} x {updates}"
     for stage in method.stages:
         yield f"  {stage.segments} segment(s): MSE x {stage.mse:g}, adversarial x {stage.adversarial:g}"
     stage = method.stages[-1]
