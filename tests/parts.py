@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from test_scorer import towers
+from test_text import TEXTS, bag_of_words
+from transformers import CLIPTokenizer
 
-from hypersd.emoji import artwork, autoencoder, decoder, teacher
+from hypersd.emoji import artwork, autoencoder, decoder, scorer, teacher, text
 from hypersd.train import Objective, Recipe, Run
 
 UPDATES = 5
@@ -48,6 +51,10 @@ def synthetic(runs: Path, count: int = 12) -> None:
     autoencoder.network().save_pretrained(runs / "autoencoder" / "export")
 
 
+def tokenizer() -> CLIPTokenizer:
+    return text.tokenizer_for(TEXTS, 600)
+
+
 def short(recipe: Recipe) -> Recipe:
     return replace(recipe, updates=UPDATES, batch=4, warmup=2, cooldown=2)
 
@@ -60,6 +67,14 @@ PARTS: dict[str, Callable[[Path], tuple[Objective, Recipe]]] = {
     "decoder": lambda runs: (
         decoder.Decoding(runs / "artwork", runs / "autoencoder" / "export", short(decoder.RECIPE)),
         short(decoder.RECIPE),
+    ),
+    "text": lambda runs: (
+        text.Distillation(text.Corpus(TEXTS, TEXTS[:2], TEXTS[1:4]), tokenizer(), bag_of_words, short(text.RECIPE)),
+        short(text.RECIPE),
+    ),
+    "scorer": lambda runs: (
+        scorer.Matching(*artwork.load(runs / "artwork")[::2], None, towers(), short(scorer.RECIPE)),
+        short(scorer.RECIPE),
     ),
     "teacher": lambda runs: (teacher.Denoising(runs, short(teacher.RECIPE)), short(teacher.RECIPE)),
 }

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from parts import PARTS, UPDATES, synthetic
+from test_text import TEXTS, bag_of_words
 from torch import Tensor
 
 from hypersd import checkpoint
-from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, restore, teacher
+from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, restore, teacher, text
 from hypersd.records import InputError
 
 
@@ -125,17 +126,26 @@ def test_assembling_names_the_part_that_is_missing(tmp_path: Path) -> None:
         assemble.make(tmp_path, assets=tmp_path)
 
 
-def test_restored_weights_are_where_the_denoiser_begins(runs: Path, tmp_path: Path) -> None:
+def test_restored_weights_are_where_the_denoiser_begins(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """assets -> restore -> the objective starts from those weights, and says so in what decides the result."""
     folder, assets = tmp_path / "runs", tmp_path / "assets"
     synthetic(folder)
     shutil.rmtree(folder / "autoencoder")
-    for part in ("vae", "tokenizer", "text_encoder"):
-        (assets / "emoji-sd" / part).mkdir(parents=True)
+    (assets / "emoji-sd" / "vae").mkdir(parents=True)
+    torch.manual_seed(4)
+    tokenizer = text.tokenizer_for(TEXTS, 600)
+    tower = text.Tower(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    text.export(tower, tokenizer, assets / "emoji-sd")
+    (assets / "emoji-sd" / "head.safetensors").unlink()
+    rows = artwork.load(folder / "artwork")[2]
+    monkeypatch.setattr(artwork, "read_manifest", lambda *_: rows)
     torch.manual_seed(5)
     unet = teacher.network()
     unet.save_pretrained(assets / "emoji-sd" / "unet")
-    restore.make(folder, assets=assets)
+    restore.make(folder, assets=assets, teach=bag_of_words)
+    assert text.load(folder / "text" / "export")[0].head.weight.isfinite().all()
     objective = teacher.Denoising(folder)
     torch.testing.assert_close(objective.unet.conv_in.weight, unet.conv_in.weight)
     assert "start" in objective.describe() and "start" not in teacher.Denoising(runs).describe()
@@ -146,3 +156,18 @@ def test_restored_weights_are_where_the_denoiser_begins(runs: Path, tmp_path: Pa
 def test_evenly_takes_at_most_so_many_in_order() -> None:
     assert measure.evenly(list(range(10)), 4) == [0, 3, 6, 9]
     assert measure.evenly([5, 7], 4) == [5, 7]
+
+
+def test_a_head_is_found_again_from_what_it_was_distilled_to(tmp_path: Path) -> None:
+    """A tower whose head makes its states the teacher: the head that is fitted gives the same embeddings."""
+    torch.manual_seed(0)
+    tokenizer = text.tokenizer_for(TEXTS, 600)
+    tower = text.Tower(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id).eval()
+    text.export(tower, tokenizer, tmp_path)
+    exported, _ = text.load(tmp_path)
+    many = [f"{a} {b}" for a in TEXTS for b in TEXTS]
+    ids = text.tokens(tokenizer, many)
+    known = exported.embed(ids).numpy()
+    text.fit_head(tmp_path, many, lambda _texts: known)
+    fitted, _ = text.load(tmp_path)
+    assert float((fitted.embed(ids) * torch.from_numpy(known)).sum(1).min()) > 0.99

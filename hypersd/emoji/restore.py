@@ -10,14 +10,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from hypersd.emoji import artwork
+from hypersd.emoji import artwork, text
 from hypersd.records import InputError
 
 ASSETS = artwork.MANIFEST.parent
 
 
-def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> None:
+def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS, teach: text.Teach | None = None) -> None:
     """Fill `autoencoder/export`, `text/export` and `teacher/start` under `runs` from `assets/emoji-sd`.
+
+    `teach` embeds texts for the head that the scorers start from; the sentence encoder, if not given.
 
     Raises:
         InputError: one of them is already there; what was trained here is never overwritten.
@@ -34,3 +36,5 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
             raise InputError(f"{place} is already there and would be lost; move it away, or give another --runs")
     for part, place in places.items():
         shutil.copytree(model / part, place)
+    labels = sorted({t for row in artwork.read_manifest() for t in (row.label, *row.tags)})
+    text.fit_head(runs / "text" / "export", labels, teach or text.SentenceEncoder(runs / "text"))

@@ -338,6 +338,26 @@ def export(tower: Tower, tokenizer: CLIPTokenizer, folder: Path) -> None:
     save_file({"weight": tower.head.weight.detach().to(torch.float16).contiguous()}, folder / "head.safetensors")
 
 
+def fit_head(folder: Path, texts: Sequence[str], teach: Teach) -> None:
+    """Find the head of an exported tower again, by ridge regression of the teacher's embeddings on its states.
+
+    The head is not among the assets, since drawing does without it; the scorers start from it.
+    """
+    from safetensors.torch import save_file
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tower = Tower(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id).eval()
+    tower.text_encoder = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", local_files_only=True, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        states = torch.cat([tower(part)[1] for part in tokens(tokenizer, texts).split(256)]).double()
+    targets = torch.from_numpy(teach(texts)).double()
+    gram = states.T @ states + 1e-3 * len(texts) * torch.eye(WIDTH, dtype=torch.float64)
+    weight = torch.linalg.solve(gram, states.T @ targets).T
+    save_file({"weight": weight.to(torch.float16).contiguous()}, folder / "head.safetensors")
+
+
 def load(folder: Path) -> tuple[Tower, CLIPTokenizer]:
     """What `export` wrote, in fp32 and eval mode."""
     from safetensors.torch import load_file
