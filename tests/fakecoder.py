@@ -59,7 +59,7 @@ def make(source: Path, folder: Path, kill_at: int = 0, **options: Any) -> None:
 
 
 def die_at(moment: int) -> None:
-    """From now on, die without a word at the given flush or rename, counted from 1."""
+    """From now on, die without a word in the given write, flush or rename, counted from 1; a write is half done."""
     left = [moment]
 
     def fatal(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +71,15 @@ def die_at(moment: int) -> None:
 
         return call
 
-    files.flush, os.replace = fatal(files.flush), fatal(os.replace)
+    write, pause = cache.save_file, fatal(lambda: None)
+
+    def torn(tensors: dict[str, Tensor], filename: Any, metadata: Any = None) -> None:
+        write(tensors, filename)
+        os.truncate(filename, filename.stat().st_size // 2)
+        pause()
+        write(tensors, filename)
+
+    cache.save_file, files.flush, os.replace = torn, fatal(files.flush), fatal(os.replace)
 
 
 def child(work: Callable[[], None]) -> int:

@@ -292,7 +292,7 @@ def test_another_configuration_lies_beside(folder: Path) -> None:
 
 
 def test_killed_at_any_moment_or_shared_by_two_it_ends_at_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    """tests/fakecoder.py kills processes at each flush and rename, twice in a row, and compares every byte."""
+    """tests/fakecoder.py kills processes in each write, flush and rename, twice in a row, and compares every byte."""
     command = [sys.executable, "tests/fakecoder.py", str(folder), str(tmp_path / "caches")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
@@ -354,6 +354,12 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(folder: Path, monke
     assert fake.encoded == 1
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, need))
     assert len(make(folder)) == COUNT
+
+
+def test_a_place_where_no_cache_can_be_is_refused(folder: Path) -> None:
+    (folder.parent / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cannot be made .*choose another folder for the cache"):
+        make(folder)
 
 
 class Overflowing(Fake):

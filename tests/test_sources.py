@@ -119,6 +119,13 @@ def test_a_listed_picture_that_is_not_there_is_a_sample_all_the_same(tmp_path: P
     assert [s.picture == b"" for s in samples(folder)] == [False, False, False, True, False]
 
 
+def test_hidden_files_and_folders_are_no_samples(tmp_path: Path) -> None:
+    folder = in_folder(tmp_path / "data")
+    in_folder(folder / ".thumbnails")
+    (folder / ".0.png").write_bytes(png())
+    assert len(samples(folder)) == COUNT
+
+
 @pytest.mark.parametrize("layout", ["folder", "jsonl", "parquet struct", "tar txt"])
 def test_stamps_change_with_the_files_and_only_then(layout: str, tmp_path: Path) -> None:
     path = LAYOUTS[layout](tmp_path / "data")

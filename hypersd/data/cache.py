@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hypersd.data.dataset import MANIFEST, ROWS, Dataset, texts_of
-from hypersd.data.files import DataError, digest, lines, publish, publish_text, sweep, whole
+from hypersd.data.files import DataError, digest, lines, make_folder, publish, publish_text, sweep, whole
 from hypersd.data.sources import Sample, Source
 from hypersd.data.survey import In, Row, Survey, ahead, judge, look, opened, picture_digest, square
 from hypersd.records import InputError, whole_number
@@ -40,7 +40,7 @@ REJECTS = 0.2  # the largest share of samples that may be left out
 SIDE_MAX = 1 << 14
 
 Tick = Callable[[int], Any]  # told how many samples are done
-Write = Callable[[str, Path, Tick], Any]  # fills the file at the path; the name is what it will be called
+Write = Callable[[str, Tick, Path], Any]  # fills the file at the path; the name is what it will be called
 
 
 class Encoder(Protocol):
@@ -157,7 +157,7 @@ class _Work:
         folder = self.cache / f"survey-{digest(stamps)}"
         names = {f"{piece:05d}.jsonl": piece for piece in range(len(stamps))}
 
-        def note(name: str, path: Path, tick: Tick) -> None:
+        def note(name: str, tick: Tick, path: Path) -> None:
             samples = ahead(look, self.source.read(names[name]))
             path.write_text(lines(_counted(samples, tick)), encoding="utf-8")
 
@@ -177,7 +177,7 @@ class _Work:
 
     def check_room(self, folder: Path, latents: dict[str, int], states: dict[str, int]) -> None:
         """DataError before hours are spent, if what is missing will not fit on the disk."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         pictures, texts = (sum(n for name, n in c.items() if not whole(folder / name)) for c in (latents, states))
         need = 0
         if pictures:
@@ -194,7 +194,7 @@ class _Work:
 
     def each(self, folder: Path, counts: dict[str, int], what: str, write: Write) -> None:
         """Publish every file that is not there, one's own share first; `counts` are the samples in each, if known."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         sweep(folder)
         order = list(dict.fromkeys([*list(counts)[self.rank :: self.world], *reversed(counts)]))
         total = sum(counts.values()) or None
@@ -203,14 +203,10 @@ class _Work:
                 if whole(folder / name):
                     bar.update(counts[name])
                 else:
-                    publish(folder / name, partial(self._fill, write, name, bar.update))
-
-    @staticmethod
-    def _fill(write: Write, name: str, tick: Tick, path: Path) -> None:
-        write(name, path, tick)
+                    publish(folder / name, partial(write, name, bar.update))
 
     @torch.inference_mode()
-    def encode(self, piece: int, rows: list[Row], path: Path, tick: Tick) -> None:
+    def encode(self, piece: int, rows: list[Row], tick: Tick, path: Path) -> None:
         """The kept samples of one piece: float16 [rows, views, c, h, w] of each moment."""
         kept = {row["at"]: row for row in rows}
         samples = ((sample, kept[at]) for at, sample in enumerate(self.source.read(piece)) if at in kept)
@@ -231,7 +227,7 @@ class _Work:
         return square(opened(sample.picture), self.encoder.picture_px)
 
     @torch.inference_mode()
-    def embed(self, texts: list[str], path: Path, tick: Tick) -> None:
+    def embed(self, texts: list[str], tick: Tick, path: Path) -> None:
         """States of some captions: float16 [texts, tokens, width]."""
         parts = [self.encoder.embed(part).cpu() for part in _batches(_counted(texts, tick), self.batch)]
         save_file({"states": _half(torch.cat(parts), "states", texts)}, path)

@@ -21,6 +21,14 @@ class DataError(Problem):
     """Training data or its cache cannot be used or written. The message says what was kept and what to do."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make it with all above it, where it is not there. DataError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made ({error.strerror}); choose another folder for the cache") from None
+
+
 def publish(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a staging file and rename it to `path`, flushed.
 
@@ -29,7 +37,6 @@ def publish(path: Path, write: Callable[[Path], Any]) -> None:
     """
     staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(staging)
         flush(staging)
         os.replace(staging, path)

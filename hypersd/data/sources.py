@@ -88,7 +88,7 @@ def open_source(path: str | Path, *, image_column: str | None = None, caption_co
     if path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
-        root, files = path, sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+        root, files = path, sorted(f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path)))
     else:
         raise SourceError(f"{path} is not there; give a folder of pictures, or a .parquet, .tar, .txt or .jsonl file")
     parquet = tuple(f for f in files if f.suffix == ".parquet" and f.name not in METADATA)
@@ -385,6 +385,11 @@ def _stamp(root: Path, *paths: str) -> str:
         except FileNotFoundError:
             found.append(f"{path} is not there")
     return "\n".join(found)
+
+
+def _hidden(path: Path) -> bool:
+    """Whether the file or a folder above it is what file managers and version control leave behind."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _digest(*parts: object) -> str:

@@ -64,7 +64,7 @@ class Survey:
         remedies = "; ".join(REMEDIES[reason] for reason in dict.fromkeys(row["reason"] for row in self.rejected))
         raise DataError(
             f"{len(self.rejected):,} of {total:,} samples cannot be used ({self.told()}), at most {limit:.0%} may be "
-            f"left out; {remedies}"
+            f"left out; {remedies}; or allow a larger share with `rejects`"
         )
 
 
