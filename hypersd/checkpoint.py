@@ -53,14 +53,14 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[
     (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
     entries = {}
     for path in sorted(staging.iterdir()):
-        _flush(path)
+        flush(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (staging / MANIFEST).write_text(json.dumps({"step": step, "files": entries}), encoding="utf-8")
-    _flush(staging / MANIFEST)
-    _flush(staging)
+    flush(staging / MANIFEST)
+    flush(staging)
     shutil.rmtree(final, ignore_errors=True)  # only a damaged one or a rerun of the same step can be here
     os.replace(staging, final)
-    _flush(folder)
+    flush(folder)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -101,7 +101,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True) if folder.exists() else []
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
