@@ -153,7 +153,7 @@ class Distillation:
         x_t = self.schedule.diffuse(x0, noise, t)
         if self.settings.pure_noise:
             x_t = torch.where((t == len(self.schedule) - 1).view(-1, 1, 1, 1), noise, x_t)
-        return Places(x_t, t, t_prev, t_end, t_top, batch.states.to(device))
+        return Places(x_t, t, t_prev, t_end, t_top, batch.states.to(device, self.backbone.dtype))
 
     def _draw_guidance(self, step: Step) -> Tensor:
         low, high = self.settings.guidance
@@ -203,7 +203,7 @@ class Distillation:
 
     def _call(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         dtype = self.backbone.dtype
-        output = self.network(x_t.to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False)[0]
+        output = self.network(x_t.to(dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
 
     # ------------------------------------------------------------------------------------------ while it trains
@@ -257,9 +257,18 @@ def preset(backbone: str) -> Preset:
 
 def loader(backbone: str) -> Callable[[], Backbone]:
     """A function that loads the base for training: bfloat16 where its arithmetic is quick, roles are float32."""
+    from diffusers.models.attention_processor import AttnProcessor
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quick = device == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return lambda: Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)
+    quick = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def load() -> Backbone:
+        loaded = Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)
+        if device == "cpu":  # the fused kernel's backward is slow here
+            loaded.unet.set_attn_processor(AttnProcessor())
+        return loaded
+
+    return load
 
 
 def stage_recipe(recipe: Recipe, stage: Stage) -> Recipe:
