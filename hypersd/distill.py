@@ -260,7 +260,7 @@ def loader(backbone: str) -> Callable[[], Backbone]:
     from diffusers.models.attention_processor import AttnProcessor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quick = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    quick = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
     def load() -> Backbone:
         loaded = Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)
