@@ -12,10 +12,9 @@ parameter whose flag is off when the gradient arrives gets none, without a word.
     with roles.wear(), torch.no_grad():
         teacher = unet(...)
 
-Differs from PEFT: adapters are float32 whatever the base's dtype (AdamW on bfloat16 weights loses small steps), and on
-a float32 base passes without gradient run on the effective weight W + s B A, made layer by layer and thrown away, which
-for convolutions costs a fraction of two more convolutions. Not on a base in half precision: its weights lie on the
-grid that the sum is rounded to, and a small change would be rounded away.
+Differs from PEFT: adapters are float32 whatever the base's dtype (AdamW on bfloat16 weights loses small steps), and
+passes without gradient run on the effective weight W + s B A, made layer by layer and thrown away, which for
+convolutions costs a fraction of two more convolutions.
 """
 
 from __future__ import annotations
@@ -61,11 +60,11 @@ class _Layer:
         names = [name for name in self.worn.names if name in self.lora_A]
         if not names:
             return self.base_layer(x)
-        weight = self.base_layer.weight
-        if torch.is_grad_enabled() or weight.dtype != torch.float32:
+        if torch.is_grad_enabled():
             return self._low_rank(x, names)
+        weight = self.base_layer.weight
         for name in names:
-            weight = weight + self._delta(name)
+            weight = weight + self._delta(name).to(weight.dtype)
         return self._base(x, weight)
 
     def _low_rank(self, x: Tensor, names: list[str]) -> Tensor:

@@ -151,4 +151,4 @@ def test_heads_learn_to_tell(tiny_backbone: Backbone) -> None:
         loss.backward()
         assert all(p.grad is not None for p in judge.parameters())
         optimizer.step()
-    assert float(loss) < 1.0
+    assert loss.item() < 1.0
