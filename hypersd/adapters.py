@@ -7,15 +7,16 @@ those that don't. Only headers are read until the tensors are wanted, so a list 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hypersd.records import Adapter, InputError
+from hypersd.records import Adapter, InputError, real_number, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,64 +46,105 @@ def inspect(path: Path) -> AdapterFile:
     """What a file is, from its header and its hash.
 
     Raises:
-        AdapterError: it is no safetensors file, is cut short, or says nothing of itself.
+        AdapterError: it is no safetensors file, is cut short, or does not say what it is.
     """
     header = _header(path)
-    end = 8 + header.length + max((e["data_offsets"][1] for e in header.tensors.values()), default=0)
-    if path.stat().st_size != end:
-        raise AdapterError(f"{path.name} is truncated or damaged ({path.stat().st_size:,} bytes instead of {end:,})")
-    try:
-        card = Adapter(**json.loads(header.metadata[KEY]))
-    except (KeyError, TypeError, ValueError) as problem:
+    if KEY not in header.metadata:
         raise AdapterError(
             f"{path.name} does not say how it was made (metadata entry {KEY!r}); only adapters that "
             "`python -m hypersd distill` wrote can be shown by themselves"
-        ) from problem
+        )
+    card = _card(header.metadata[KEY], path.name)
     with path.open("rb") as file:
         return AdapterFile(path, hashlib.file_digest(file, "sha256").hexdigest(), card)
+
+
+def _card(text: str, name: str) -> Adapter:
+    """The Adapter that a file's metadata hold, each field of its type and in its range."""
+    try:
+        told = json.loads(text)
+        known = {f.name: f for f in fields(Adapter)}
+        if unknown := sorted(told.keys() - known.keys()):
+            raise InputError(f"the field {unknown[0]!r} is unknown; it may be of a later version")
+        if lost := [n for n, f in known.items() if n not in told and f.default is MISSING]:
+            raise InputError(f"the field {lost[0]!r} is missing")
+        for field in fields(Adapter):
+            if field.type == "str" and not isinstance(told[field.name], str):
+                raise InputError(f"{field.name} must be text, got {told[field.name]!r:.40}")
+        if not told["name"] or not isinstance(told["recipe"], dict):
+            raise InputError("name or recipe is empty")
+        for number, low, high in (("segments", 1, 1000), ("rank", 1, 100_000), ("updates", 0, 10**12)):
+            told[number] = whole_number(told[number], number, low, high)
+        for number in ("start", "end"):
+            told[number] = whole_number(told.get(number, getattr(Adapter, number)), number, 0, 10**6)
+        for number, low, high in (("guidance", 0.0, 30.0), ("eta", 0.0, 1.0), ("scale", -100.0, 100.0)):
+            told[number] = real_number(told.get(number, getattr(Adapter, number, None)), number, low, high)
+        return Adapter(**told)
+    except (AttributeError, ValueError) as problem:  # InputError is a ValueError
+        why = problem if isinstance(problem, InputError) else "they are no JSON object"
+        raise AdapterError(f"{name}: its metadata cannot be used: {why}") from problem
 
 
 def load(path: Path) -> dict[str, Tensor]:
     """The adapter in a file, in float32, whichever of the two ways of naming it uses; alpha is multiplied in.
 
     Raises:
-        AdapterError: not safetensors, truncated, not a LoRA, or not finite.
+        AdapterError: not safetensors, truncated, not a LoRA of a UNet alone, or not finite.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     _header(path)
     try:
         tensors = load_file(path)
-    except Exception as problem:  # the library raises its own error type, which is no subclass of anything useful
+    except (OSError, SafetensorError) as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); copy it again") from problem
     adapter = (
         _from_kohya(tensors, path) if any(k.startswith(KOHYA) for k in tensors) else _from_diffusers(tensors, path)
     )
-    for name, tensor in adapter.items():
-        if not tensor.isfinite().all():
-            raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train or copy it again")
+    _check(adapter, path)
     return adapter
 
 
+def _check(adapter: dict[str, Tensor], path: Path) -> None:
+    """Every layer has its two halves, of one rank and finite."""
+    if not adapter:
+        raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds no layers")
+    for name, tensor in adapter.items():
+        layer = name.rsplit(".", 1)[0]
+        a, b = adapter.get(f"{layer}.lora_A"), adapter.get(f"{layer}.lora_B")
+        if a is None or b is None or not a.dim() == b.dim() >= 2 or len(a) != b.shape[1]:
+            raise AdapterError(f"{path.name}: the two halves of {layer} do not fit together; train or copy it again")
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train or copy it again")
+
+
 class _Header(NamedTuple):
-    length: int
     tensors: dict[str, Any]
     metadata: dict[str, str]
 
 
 def _header(path: Path) -> _Header:
+    """What a safetensors file begins with, once its size is what that says."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if start[:2] in (b"PK", b"\x80\x02") or length > HEADER_MAX:
+            if len(start) == 8 and length > HEADER_MAX:  # the first bytes of pickles, archives and texts, as a number
                 raise AdapterError(f"{path.name} is not a safetensors file (pickles are never read); convert it first")
             tensors: dict[str, Any] = json.loads(file.read(length))
+            size = os.fstat(file.fileno()).st_size
+        metadata = dict(tensors.pop("__metadata__", {}))
+        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except OSError as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); check the path") from problem
-    except ValueError as problem:
+    except AdapterError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as problem:
         raise AdapterError(f"{path.name} is truncated or damaged (no readable header); copy it again") from problem
-    return _Header(length, tensors, tensors.pop("__metadata__", {}))
+    if size != end:
+        raise AdapterError(f"{path.name} is truncated or damaged ({size:,} bytes instead of {end:,}); copy it again")
+    return _Header(tensors, metadata)
 
 
 def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -114,21 +156,25 @@ def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
 
 def _from_kohya(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Their names join a layer's path by underscores; the dots are found again in the module names of a real UNet."""
-    adapter = {}
-    for key in [k for k in tensors if k.endswith(".lora_down.weight")]:
-        stem = key.removesuffix(".lora_down.weight")
-        down, up = tensors[key].float(), tensors[f"{stem}.lora_up.weight"].float()
-        scale = float(tensors.get(f"{stem}.alpha", down.new_tensor(len(down)))) / len(down)
-        name = _dotted(stem.removeprefix(KOHYA))
-        adapter |= {f"{name}.lora_A": down, f"{name}.lora_B": up * scale}
-    if not adapter:
-        raise AdapterError(f"{path.name} is not a LoRA of a UNet: no layer ends with lora_down")
+    adapter, alphas = {}, {k: t for k, t in tensors.items() if k.endswith(".alpha")}
+    for key, tensor in tensors.items():
+        stem, _, end = key.partition(".")
+        half = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}.get(end)
+        if not stem.startswith(KOHYA) or (half is None and end != "alpha"):  # text encoders; LoHa, DoRA and others
+            raise AdapterError(f"{path.name} is not a LoRA of a UNet alone: it holds {key}")
+        if half:
+            adapter[f"{_dotted(stem.removeprefix(KOHYA))}.{half}"] = tensor.float()
+    for key, alpha in alphas.items():
+        name = _dotted(key.removesuffix(".alpha").removeprefix(KOHYA))
+        if f"{name}.lora_A" in adapter and f"{name}.lora_B" in adapter:
+            adapter[f"{name}.lora_B"] *= float(alpha) / len(adapter[f"{name}.lora_A"])
     return adapter
 
 
 _WORDS = (  # of a UNet's module names that hold underscores themselves
     *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "conv_shortcut"),
     *("to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out"),
+    *("conv_in", "conv_out", "time_embedding", "linear_1", "linear_2"),
 )
 
 
@@ -146,10 +192,10 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
     """Write fp16 safetensors for diffusers' `load_lora_weights`, or for ComfyUI and A1111; whole or not at all.
 
     Raises:
-        AdapterError: a tensor is not finite.
-        OSError: the disk is full or read-only; an older file of that name stays as it is.
+        AdapterError: a tensor is not finite, or the disk is full or read-only. An older file of that name stays.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {}
@@ -158,17 +204,21 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
         if not half.isfinite().all():
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
         tensors |= _kohya_named(name, half) if kohya else {f"{PREFIX}{name}.weight": half}
-    path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, staging, metadata={"format": "pt", KEY: json.dumps(asdict(card), sort_keys=True)})
         staging.chmod(0o644)  # safetensors leaves it readable to nobody else
         with staging.open("rb") as file:
             os.fsync(file.fileno())
+        written = inspect(staging)._replace(path=path)  # what cannot be read again replaces nothing
         os.replace(staging, path)
+    except (OSError, SafetensorError) as problem:  # a full disk is the latter
+        raise AdapterError(f"{path} was not written ({problem}); make room, or choose another folder") from problem
     finally:
-        staging.unlink(missing_ok=True)
-    return inspect(path)
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+    return written
 
 
 def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -188,15 +238,14 @@ def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) ->
     Raises:
         AdapterError: a layer is not there or has another shape: the adapter is for another base.
     """
-    layers = dict(network.named_modules())
+    weights = dict(network.named_parameters())
     touched = {name.rsplit(".", 1)[0] for name in adapter}
     for name in sorted(touched):
         a, b = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B")
-        weight = getattr(layers.get(name), "weight", None)
-        if a is None or b is None or weight is None or (len(b), *a.shape[1:]) != tuple(weight.shape):
+        shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else None
+        if a is None or b is None or (*b.shape[:1], *a.shape[1:]) != shape or a.shape[:1] != b.shape[1:2]:
             raise AdapterError(f"the adapter does not fit this base: its layer {name} is missing or of another shape")
-    kept = [p for name, layer in layers.items() for key, p in layer.named_parameters(name, recurse=False)
-            if name not in touched or not key.endswith(".weight")]  # fmt: skip
+    kept = [p for key, p in weights.items() if key.removesuffix(".weight") not in touched]
     worn = copy.deepcopy(network, {id(p): p for p in kept})
     for name in touched:
         weight = worn.get_submodule(name).weight.data
@@ -217,9 +266,9 @@ def network_sha256(folder: Path) -> str:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         return ""
-    manifest = folder / "manifest.json"
-    if manifest.is_file():
-        return json.loads(manifest.read_text(encoding="utf-8"))["files"][weights.relative_to(folder).as_posix()]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # loading the model says what is wrong with it
+        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return str(listed[weights.relative_to(folder).as_posix()])
     with weights.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

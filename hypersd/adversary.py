@@ -46,7 +46,10 @@ def _head(width: int) -> nn.Module:
 
 
 def features(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
-    """What the network sees: the output of each down block and of the middle block, [batch, width, h, w] each."""
+    """What the network sees: the output of each down block and of the middle block, [batch, width, h, w] each.
+
+    Runs in the network's dtype, whatever that of the latents and states; stops after the middle block.
+    """
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -57,7 +60,7 @@ def features(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor) -> list
     blocks = [*network.down_blocks, network.mid_block]
     hooks = [block.register_forward_hook(note) for block in blocks]
     try:
-        network(x_t, t, encoder_hidden_states=states, return_dict=False)
+        network(x_t.to(network.dtype), t, encoder_hidden_states=states.to(network.dtype), return_dict=False)
     except _Enough:
         pass
     finally:

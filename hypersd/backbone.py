@@ -142,7 +142,9 @@ class Backbone:
     @cached_property
     def encoders_sha256(self) -> str:
         """One hash over what turns pictures and texts into latents and states; the denoiser has no part in it."""
-        files = [_weight_file(self.folder, self.name, part) for part in ("text_encoder", "vae")]
+        parts = ("text_encoder", "vae")
+        files = [_weight_file(self.folder, self.name, part) for part in parts]
+        files += [self.folder / part / "config.json" for part in parts]  # the scale of the latents stands here only
         files += sorted(f for f in (self.folder / "tokenizer").iterdir() if f.is_file())
         return hashlib.sha256("".join(f"{f.name} {_file_sha256(f)}\n" for f in files).encode()).hexdigest()
 
@@ -185,6 +187,8 @@ class Backbone:
         output = network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
 
+    @torch.inference_mode(False)  # it is kept, and may be trained through after it was drawn with
+    @torch.no_grad()
     def _fuse(self, path: Path, sha256: str) -> UNet2DConditionModel:
         file = inspect(path)
         if file.sha256 != sha256:

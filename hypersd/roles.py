@@ -19,8 +19,9 @@ convolutions costs a fraction of two more convolutions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -127,7 +128,7 @@ class Role(nn.Module):
 
     @torch.no_grad()
     def load_adapter(self, adapter: dict[str, Tensor]) -> None:
-        """Copy what `adapter()` of an equal role gave.
+        """Copy what `adapter()` of an equal role gave: all of it, or nothing.
 
         Raises:
             InputError: a layer is missing, unknown, or of another shape (another base, or another rank).
@@ -142,15 +143,21 @@ class Role(nn.Module):
                     f"this adapter's {name} is {tuple(adapter[name].shape)}, the role's is {tuple(tensor.shape)}; "
                     "it was made for another base or with another rank"
                 )
+        for name, tensor in own.items():
             tensor.copy_(adapter[name])
 
 
 class Roles:
-    """The roles of one network, which is frozen for good. Outside any `wear` it is the bare base."""
+    """The roles of one network, which is frozen for good. Outside any `wear` it is the bare base.
+
+    Raises:
+        InputError: the network carries LoRA layers already, of other Roles or of PEFT's own.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        self.network = network.requires_grad_(False)
         self._worn = _Worn()
+        self._refuse_others(network)
+        self.network = network.requires_grad_(False)
         self._roles: dict[str, Role] = {}
         self._trainable: dict[str, bool] = {}
 
@@ -161,16 +168,19 @@ class Roles:
         """A new role that changes nothing yet: A is random (torch's global generator), B is zero, the scale is 1.
 
         Raises:
-            InputError: the name is taken, or no layer of the network is among `layers`.
+            InputError: the name is taken, no layer of the network is among `layers`, or others put roles on it too.
         """
         if name in self._roles:
             raise InputError(f"there is a role {name!r} already; choose another name")
+        self._refuse_others(self.network)
         if not any(key == end or key.endswith(f".{end}") for key, _ in self.network.named_modules() for end in layers):
             raise InputError(f"the network has none of the layers {', '.join(layers)}")
         # alpha = rank: a scale of 1, which readers that miss the alpha assume anyway
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
         config._register_custom_module({nn.Linear: _Linear, nn.Conv2d: _Conv2d})
-        inject_adapter_in_model(config, self.network, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+            inject_adapter_in_model(config, self.network, name)
         parameters = {}
         for path, layer in self.network.named_modules():
             if isinstance(layer, _Layer) and name in layer.lora_A:
@@ -184,6 +194,15 @@ class Roles:
         for other, role in self._roles.items():  # PEFT has just switched off all but the newest
             role.requires_grad_(self._trainable[other])
         return self._roles[name]
+
+    def _refuse_others(self, network: nn.Module) -> None:
+        """Which roles are worn is known to one object a layer: with two, one of them would switch nothing."""
+        for path, layer in network.named_modules():
+            if isinstance(layer, lora.LoraLayer) and getattr(layer, "worn", None) is not self._worn:
+                raise InputError(
+                    f"the network carries LoRA layers of somebody else, such as {path}; "
+                    "add all roles through one Roles, on a network that was loaded anew"
+                )
 
     @contextmanager
     def wear(self, *names: str) -> Iterator[None]:
@@ -208,4 +227,9 @@ class Roles:
 
 def _checkpoint(roles: Roles, function: Any, *arguments: Any) -> Any:
     names = roles._worn.names
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), roles.wear(*names)))
+
+    def as_then(*arguments: Any) -> Any:  # entered anew by each backward; `context_fn` would do for one only
+        with roles.wear(*names):
+            return function(*arguments)
+
+    return checkpoint(as_then, *arguments, use_reentrant=False)

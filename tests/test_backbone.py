@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file, save_file
 
 from hypersd import backbone as module
@@ -91,6 +92,39 @@ def test_decode_gives_bytes_a_picture_each(tiny_backbone: Backbone) -> None:
     pixels = tiny_backbone.decode(latents)
     assert (pixels.shape, pixels.dtype) == ((2, tiny.SIZE_PX, tiny.SIZE_PX, 3), torch.uint8)
     assert torch.equal(pixels[1:], tiny_backbone.decode(latents[1:]))
+
+
+def test_encode_is_the_pipelines_and_decode_undoes_its_scale(tiny_backbone: Backbone) -> None:
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    mean, deviation = tiny_backbone.encode(pixels)
+    assert mean.shape == deviation.shape == (2, *tiny_backbone.latent_shape)
+    image = VaeImageProcessor().preprocess(pixels.permute(0, 3, 1, 2).float() / 255)
+    vae = tiny_backbone.vae
+    with torch.no_grad():
+        theirs = vae.encode(image).latent_dist
+        picture = vae.decode(theirs.mean).sample
+    torch.testing.assert_close(mean, theirs.mean * vae.config.scaling_factor, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(deviation, theirs.std * vae.config.scaling_factor, rtol=1e-5, atol=1e-5)
+    expected = (VaeImageProcessor().postprocess(picture, "pt") * 255).round().permute(0, 2, 3, 1)
+    assert (tiny_backbone.decode(mean).float() - expected).abs().max() <= 1
+    assert expected.std() > 1
+
+
+def test_pictures_have_the_size_it_draws(tiny_backbone: Backbone) -> None:
+    assert tiny_backbone.picture_px == tiny.SIZE_PX
+    assert tiny_backbone.decode(tiny_backbone.noise(1)[0]).shape == (1, tiny.SIZE_PX, tiny.SIZE_PX, 3)
+
+
+def test_the_encoders_hash_is_theirs_alone(copy: Path) -> None:
+    before = Backbone.load(copy).encoders_sha256
+    with torch.no_grad():
+        changed = {n: t + 1 if n == "conv_in.bias" else t for n, t in load_file(copy / WEIGHT_PATHS[1]).items()}
+    save_file(changed, copy / WEIGHT_PATHS[1], metadata={"format": "pt"})
+    assert WEIGHT_PATHS[1].startswith("unet/")
+    assert Backbone.load(copy).encoders_sha256 == before
+    config = copy / "vae/config.json"
+    config.write_text(config.read_text().replace('"scaling_factor": 0.8', '"scaling_factor": 0.9'))
+    assert Backbone.load(copy).encoders_sha256 != before
 
 
 def test_half_precision_files_are_computed_in_float32(copy: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from hypersd.adapters import AdapterFile, beside, found, network_sha256
 from hypersd.methods import lcm, tcd, teacher, tscd
 from hypersd.methods.base import Method, Stage, StepRange
-from hypersd.records import InputError
+from hypersd.records import Adapter, InputError
 
 __all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
 
@@ -36,20 +36,40 @@ def discover(files: Sequence[AdapterFile], base_sha256: str) -> dict[str, Method
     """The table of what can draw on the base whose network has this hash: METHODS without training, and a row for
     each name that the adapters give themselves, in the order of METHODS.
 
-    An adapter of another base, or of a method that is not known here, is told of in the log and left out.
+    An adapter that cannot be used, or is not needed beside one before it, is told of in the log and left out.
     """
-    rows = {name: row for name, row in METHODS.items() if row.losses is None}
+    usable: dict[str, list[AdapterFile]] = {}
+    for file in files:
+        beside_it = usable.setdefault(file.card.name, [])
+        if problem := _misfit(file.card, base_sha256, beside_it):
+            logging.getLogger(__name__).warning("%s is left out: %s", file.path.name, problem)
+        else:
+            beside_it.append(file)
+    rows: dict[str, Method] = {}
     for method in METHODS.values():
-        for file in files:
-            card = file.card
-            if card.method != method.name:
-                continue
-            if card.base_sha256 != base_sha256:
-                logging.getLogger(__name__).warning(
-                    "%s was trained on another base and is left out; train it again with: python -m hypersd distill %s",
-                    file.path.name, card.method,
-                )  # fmt: skip
-                continue
-            row = rows.get(card.name) or replace(method, name=card.name, guidance=card.guidance, eta=card.eta)
-            rows[card.name] = replace(row, adapters=(*row.adapters, file))
+        if method.losses is None:
+            rows[method.name] = method
+        for name, found_files in usable.items():
+            if found_files and found_files[0].card.method == method.name:
+                rows[name] = _row(method, name, found_files)
     return rows
+
+
+def _misfit(card: Adapter, base_sha256: str, others: Sequence[AdapterFile]) -> str:
+    """Why an adapter cannot stand in the table beside those that give the same name; "" if it can."""
+    trained = [name for name, row in METHODS.items() if row.losses]
+    if card.method not in trained:
+        return f"its method must be one of {', '.join(trained)}, it says {card.method!r}"
+    if card.base_sha256 != base_sha256:
+        return f"it was trained on another base; train it again with: python -m hypersd distill {card.method}"
+    if card.name != card.method and (card.name in METHODS or (others and others[0].card.method != card.method)):
+        return f"it is of method {card.method}, but {card.name!r} is another method's name; choose another --name"
+    if same := [o.path.name for o in others if o.card.segments == card.segments]:
+        return f"{same[0]} is for the same number of segments and has the same name {card.name!r}"
+    return ""
+
+
+def _row(method: Method, name: str, files: Sequence[AdapterFile]) -> Method:
+    title = method.title if name == method.name else f"{method.title}: {name}"  # two rows of a method are told apart
+    card = files[0].card
+    return replace(method, name=name, title=title, guidance=card.guidance, eta=card.eta, adapters=tuple(files))
