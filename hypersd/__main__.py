@@ -139,7 +139,7 @@ def distill_command(given: argparse.Namespace) -> None:
     from hypersd.adapters import beside
 
     method = methods.find(given.method)
-    settings, recipe = distill.preset(given.backbone)
+    settings, recipe, _ = distill.preset(given.backbone)
     changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
     recipe = replace(recipe, **changed)
     settings = replace(settings, rank=given.rank or settings.rank, guidance=_span(given.guidance, settings.guidance))

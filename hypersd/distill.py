@@ -46,21 +46,23 @@ class Settings:
     guidance: tuple[float, float]
     points: int = 40
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
+    autocast: bool = False  # the network computes in bfloat16 whatever its weights are
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
 
 
 class Preset(NamedTuple):
     settings: Settings
     recipe: Recipe
+    dtype: torch.dtype = torch.bfloat16  # of the frozen base; a small one stays in float32 for the sake of its LoRA
 
 
 EMOJI_PROMPTS = "grinning face, cat face, red heart, rocket, pizza, banana, owl, house, bus, robot, rose, crown"
-_EMOJI = Settings(rank=32, guidance=(4.0, 4.0), prompts=tuple(EMOJI_PROMPTS.split(", ")))
+_EMOJI = Settings(rank=16, guidance=(4.0, 4.0), autocast=True, prompts=tuple(EMOJI_PROMPTS.split(", ")))
 _LARGE = Settings(rank=64, guidance=(7.5, 7.5))
 _SMALL_RECIPE = Recipe(updates=600, batch=32, lr=1e-3, warmup=30, cooldown=200, weight_decay=0.0, ema=0.98)
 _LARGE_RECIPE = Recipe(updates=6000, batch=64, lr=1e-5, warmup=200, weight_decay=0.0, ema=0.995, accumulate=8)
 PRESETS = {  # by backbone: for a folder of your own, those of sd15
-    "emoji": Preset(_EMOJI, _SMALL_RECIPE),
+    "emoji": Preset(_EMOJI, _SMALL_RECIPE, torch.float32),
     "sd15": Preset(_LARGE, _LARGE_RECIPE),
     "sdxl": Preset(_LARGE, replace(_LARGE_RECIPE, lr=5e-6)),
 }
@@ -198,13 +200,16 @@ class Distillation:
         t = at.t_end + (step.uniform("judged").to(x.device) * (at.t_top - at.t_end)).long()
         ratio = self.level(t).alpha / self.level(at.t_end).alpha  # DDPM, eq. 4, between two levels
         noised = ratio * x + (1 - ratio**2).clamp_min(0) ** 0.5 * step.randn("judged noise", x.shape[1:]).to(x)
-        with self.roles.wear():
+        with self.roles.wear(), self._arithmetic():
             return adversary.features(self.network, noised.to(self.backbone.dtype), t, at.states)
 
     def _call(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        dtype = self.backbone.dtype
-        output = self.network(x_t.to(dtype), t, encoder_hidden_states=states, return_dict=False)[0]
+        with self._arithmetic():
+            output = self.network(x_t.to(self.backbone.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.settings.autocast)
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -256,14 +261,13 @@ def preset(backbone: str) -> Preset:
 
 
 def loader(backbone: str) -> Callable[[], Backbone]:
-    """A function that loads the base for training: bfloat16 where its arithmetic is quick, roles are float32."""
+    """A function that loads the base for training, on a GPU if there is one."""
     from diffusers.models.attention_processor import AttnProcessor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quick = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
     def load() -> Backbone:
-        loaded = Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)
+        loaded = Backbone.load(backbone, device=device, dtype=preset(backbone).dtype)
         if device == "cpu":  # the fused kernel's backward is slow here
             loaded.unet.set_attn_processor(AttnProcessor())
         return loaded

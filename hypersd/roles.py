@@ -14,7 +14,8 @@ parameter whose flag is off when the gradient arrives gets none, without a word.
 
 Differs from PEFT: adapters are float32 whatever the base's dtype (AdamW on bfloat16 weights loses small steps), and
 passes without gradient run on the effective weight W + s B A, made layer by layer and thrown away, which for
-convolutions costs a fraction of two more convolutions.
+convolutions costs a fraction of two more convolutions; small networks do so with gradient as well. A base in bfloat16
+loses the part of s B A that is below its rounding: keep small bases in float32, and let autocast round the sum.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,9 +43,18 @@ LAYERS = (  # every linear and convolution of a Stable Diffusion UNet but the fi
 HALVES = ("lora_A", "lora_B")
 
 
-class _Worn:
-    """What is worn now; one object shared by all layers, so that a switch is one assignment."""
+SMALL = 100_000_000  # parameters; below it launching kernels costs more than what they compute
 
+
+@dataclass
+class _Worn:
+    """What is worn now; one object shared by all layers, so that a switch is one assignment.
+
+    `merged`: passes with gradient run on the effective weight as well. That asks for a gradient as large as the weight
+    and keeps W + s B A until backward, which is cheap for small networks and out of the question for large ones.
+    """
+
+    merged: bool
     names: tuple[str, ...] = ()
 
 
@@ -60,7 +71,7 @@ class _Layer:
         names = [name for name in self.worn.names if name in self.lora_A]
         if not names:
             return self.base_layer(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.worn.merged:
             return self._low_rank(x, names)
         weight = self.base_layer.weight
         for name in names:
@@ -150,12 +161,15 @@ class Role(nn.Module):
 class Roles:
     """The roles of one network, which is frozen for good. Outside any `wear` it is the bare base.
 
+    `merged` says whether passes with gradient run on the effective weight too; if not given, small networks do.
+
     Raises:
         InputError: the network carries LoRA layers already, of other Roles or of PEFT's own.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._worn = _Worn()
+    def __init__(self, network: nn.Module, *, merged: bool | None = None) -> None:
+        size = sum(p.numel() for p in network.parameters())
+        self._worn = _Worn(size < SMALL if merged is None else merged)
         self._refuse_others(network)
         self.network = network.requires_grad_(False)
         self._roles: dict[str, Role] = {}

@@ -50,7 +50,7 @@ def randomise(roles: Roles, *names: str, size: float = 0.1) -> None:
 
 
 def dressed(network: nn.Module, *names: str, size: float = 0.1, rank: int = 2) -> Roles:
-    roles = Roles(network)
+    roles = Roles(network, merged=False)
     for name in names:
         roles.add(name, rank=rank)
     randomise(roles, *names, size=size)
@@ -73,7 +73,7 @@ def test_nothing_worn_is_the_base_bit_for_bit(network: nn.Module, grad: bool) ->
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_fresh_role_changes_nothing(network: nn.Module, grad: bool) -> None:
     before = bare(network)
-    roles = Roles(network)
+    roles = Roles(network, merged=False)
     student = roles.add("student", rank=4)
     assert all((p.abs().max() > 0) == ("lora_A" in name) for name, p in student.named_parameters())
     with torch.set_grad_enabled(grad), roles.wear("student"):
@@ -128,7 +128,7 @@ def test_several_worn_at_once_add_up(network: nn.Module) -> None:
 
 def test_layers_may_differ_from_role_to_role(network: nn.Module) -> None:
     before = bare(network)
-    roles = Roles(network)
+    roles = Roles(network, merged=False)
     roles.add("few", rank=2, layers=["to_q"])
     roles.add("more", rank=3, layers=["to_q", "conv1"])
     randomise(roles, "few", "more")
@@ -179,7 +179,7 @@ def gradients(roles: Roles, worn_then: Sequence[str], checkpointing: bool) -> di
 
 @pytest.fixture
 def three(network: nn.Module) -> Roles:
-    roles = Roles(network)
+    roles = Roles(network, merged=False)
     roles.add("student", rank=2)
     roles.add("fake", rank=2)
     roles.add("ema", rank=2, trainable=False)
