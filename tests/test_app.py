@@ -21,7 +21,7 @@ from rows import METHODS
 
 from hypersd import pictures, ui
 from hypersd.engine import UNWATCHED, Drawing, Shelf, Watch
-from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Panel, Request
+from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Request
 from hypersd.ui import prompts, sweep
 from hypersd.ui.board import Board, distances, permalink
 from hypersd.ui.compare import Screen, comparison, facts_of, parcel_of, restore

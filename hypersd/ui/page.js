@@ -38,8 +38,9 @@
     },
     // A permalink draws its pictures at once; the bare address waits for the visitor.
     opened(screen) {
-      page.first[screen] = find(FIRST[screen])?.value;
-      if (new URLSearchParams(location.search).has(screen === 'sweep' ? 'prompts' : 'prompt')) page.again(screen);
+      const linked = new URLSearchParams(location.search).has(screen === 'sweep' ? 'prompts' : 'prompt');
+      page.first[screen] = linked ? '' : find(FIRST[screen])?.value;
+      if (linked) page.again(screen);
     },
     // The history tells where it sends the visitor before the form is filled.
     chosen() {
@@ -63,6 +64,7 @@
     // The sweep begins with the prompt of the comparison until it has prompts of its own.
     carry() {
       const [from, to] = [find(FIRST.compare).value, find(FIRST.sweep)];
+      page.first.sweep ??= to.value; // which was not there while its tab was closed
       if (!from.trim() || from === page.first.compare || to.value !== page.first.sweep) return;
       put(FIRST.sweep, from);
       page.first.sweep = from;
