@@ -5,6 +5,7 @@ ui.serve(ui.build(engine, METHODS))
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from fastapi.responses import JSONResponse
 
 from hypersd.engine import Draw
 from hypersd.sweep import MethodRow
-from hypersd.ui import api, compare, history, sweep
+from hypersd.ui import api, compare, history, prompts, sweep
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -70,6 +71,11 @@ def build(
                 many = sweep.build(demo, screen, tabs, past)
         history.build(demo, past, compare.QUIET)
         _wire_past(past, tabs, one, many, list(methods))
+        tabs.select(
+            None, [one.prompt, many.prompts], many.prompts,
+            js=f"(prompt, prompts) => hypersd.carry(prompt, prompts, {json.dumps(prompts.EXAMPLES[0])})",
+            **compare.QUIET,
+        )  # fmt: skip
         api.add(screen)
         gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
         if text := _credits() if credits is None else credits:

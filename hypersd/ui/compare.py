@@ -47,6 +47,8 @@ def build(demo: gr.Blocks, screen: Screen, history: History) -> Fields:
     _wire_run(screen, fields, [notice, viewer, taken, *history.outputs])
     viewer.sheet(parcel_of(screen), taken, [notice, parcel], **QUIET)
     viewer.facts(facts_of(screen), taken, [notice, parcel], **QUIET)
+    retried = viewer.retry(with_steps, None, [fields.steps, fields.quick], **QUIET)
+    retried.then(None, js="() => hypersd.again()", api_visibility="private")
 
     def from_address(page: gr.Request) -> list[Any]:
         return restore(dict(page.query_params), list(screen.methods))
@@ -61,7 +63,7 @@ def build(demo: gr.Blocks, screen: Screen, history: History) -> Fields:
 VIEWER_HTML = "<div class='hs-viewer'></div>"
 VIEWER_JS = """
 hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch,
-  { sheet: () => trigger('sheet'), facts: () => trigger('facts') });
+  { sheet: () => trigger('sheet'), facts: () => trigger('facts'), retry: (steps) => trigger('retry', { steps }) });
 """
 PARCEL_JS = "watch('value', () => hypersd.save(props.value));"
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
@@ -247,6 +249,12 @@ def _parcel(taken: Sheet | None, ending: str, pack: Callable[[Sheet], str]) -> t
     if taken is None or first is None:
         return say(FORGOTTEN), {}
     return "", {"name": f"hypersd-seed-{first.seed}.{ending}", "src": pack(taken), "nonce": secrets.token_hex(4)}
+
+
+def with_steps(event: gr.EventData) -> list[Any]:
+    """The number of steps that an impossible panel proposes, for the field and for the buttons beside it."""
+    steps = _figure(str(event.steps))
+    return [steps, steps if steps in QUICK_STEPS else None]
 
 
 def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:

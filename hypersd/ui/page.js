@@ -4,15 +4,11 @@
   const GO = { compare: 'hs-go', sweep: 'hs-sweep-go' };
   const STOP = { compare: 'hs-stop', sweep: 'hs-sweep-stop' };
   const FIRST = { compare: '#hs-prompt textarea', sweep: '#hs-sweep-prompts textarea' };
+  const asked = new URLSearchParams(location.search); // of the page when it was opened; drawing changes the address
   const find = (selector) => document.querySelector(selector);
   const press = (id) => {
     const target = find(`#${id}`);
     (target?.matches('button') ? target : target?.querySelector('button'))?.click();
-  };
-  const put = (selector, value) => {
-    const field = find(selector);
-    field.value = value;
-    field.dispatchEvent(new Event('input', { bubbles: true })); // which is what Gradio listens to
   };
   const typing = (target) =>
     target.closest?.('textarea, select, [contenteditable]') ||
@@ -21,7 +17,6 @@
   const page = {
     viewers: {}, // of each screen, by its name
     allowed: [],
-    first: {}, // prompts that nobody typed on that screen
     get screen() {
       return find('#hs-sweep-form')?.offsetParent ? 'sweep' : 'compare';
     },
@@ -38,9 +33,7 @@
     },
     // A permalink draws its pictures at once; the bare address waits for the visitor.
     opened(screen) {
-      const linked = new URLSearchParams(location.search).has(screen === 'sweep' ? 'prompts' : 'prompt');
-      page.first[screen] = linked ? '' : find(FIRST[screen])?.value;
-      if (linked) page.again(screen);
+      if (asked.has(screen === 'sweep' ? 'prompts' : 'prompt')) page.again(screen);
     },
     // The history tells where it sends the visitor before the form is filled.
     chosen() {
@@ -56,18 +49,11 @@
         label.title = can ? '' : `made for ${label.dataset.allowed} steps`;
       });
     },
-    // Compare once more with another number of steps.
-    withSteps(steps) {
-      put('#hs-steps input', steps);
-      page.again();
-    },
     // The sweep begins with the prompt of the comparison until it has prompts of its own.
-    carry() {
-      const [from, to] = [find(FIRST.compare).value, find(FIRST.sweep)];
-      page.first.sweep ??= to.value; // which was not there while its tab was closed
-      if (!from.trim() || from === page.first.compare || to.value !== page.first.sweep) return;
-      put(FIRST.sweep, from);
-      page.first.sweep = from;
+    carry(prompt, prompts, example) {
+      page.carried ??= asked.has('prompts') ? '' : prompts;
+      if (!prompt?.trim() || prompt === example || prompts !== page.carried) return prompts;
+      return (page.carried = prompt);
     },
     again(screen = 'compare') {
       setTimeout(() => press(GO[screen]), 50);
@@ -166,7 +152,6 @@
     const tool = event.target.closest?.('[data-hs]')?.dataset.hs;
     if (tool === 'keys') keys['?']();
     if (tool === 'theme') page.theme();
-    if (event.target.closest?.('#hs-tabs [role=tab]')) setTimeout(page.carry, 50); // once the tab is open
     for (const screen in STOP) if (event.target.closest?.(`#${STOP[screen]}`)) page.settle(screen);
   });
   document.addEventListener('DOMContentLoaded', () => {

@@ -54,7 +54,7 @@
 
     update(state) {
       if (this.ignoring || !state?.status) return;
-      this.root.classList.remove('hs-busy');
+      if (this.root.matches('.hs-busy')) this.root.classList.remove('hs-busy'); // to remove nothing is a change too
       if (state.status === 'refused') return;
       this.tell(state.tiles);
       if (!this.shown && this.stage.getBoundingClientRect().top > innerHeight * 0.6) {
@@ -174,7 +174,7 @@
         setSrc(picture, shown);
         setSrc(other, this.tiles[this.ref]?.src ?? '');
         if (map) this.heat(map, i);
-        fillWait(wait, tile, () => hypersd.withSteps(tile.nearest));
+        fillWait(wait, tile, () => this.wants.retry(tile.nearest));
         this.caption(caption, tile, i);
         this.strips(trail, tile, i);
       };
@@ -205,7 +205,7 @@
         this.dress(node, frame, { ...(unready ?? a), alt: `${label(a)} against ${label(b)}` });
         setSrc(under, a.src ?? '');
         setSrc(over, b.src ?? '');
-        fillWait(wait, unready ?? a, () => hypersd.withSteps(unready.nearest));
+        fillWait(wait, unready ?? a, () => this.wants.retry(unready.nearest));
         tags[0].textContent = this.mode === 'flip' && this.held ? label(b) : label(a);
         tags[1].textContent = this.mode === 'slider' ? label(b) : '';
         numbers.replaceChildren(...this.numbersBetween(this.a, this.b));
@@ -362,6 +362,7 @@
     }
 
     down(event) {
+      if (event.target.closest('button')) return; // a captured pointer clicks nothing
       event.currentTarget.setPointerCapture(event.pointerId);
       this.fingers.set(event.pointerId, [event.clientX, event.clientY]);
       if (this.mode === 'slider' && this.z === 1 && this.fingers.size === 1) this.slide(event);
