@@ -13,10 +13,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from hypersd.records import InputError, Panel, Request, digest
-from hypersd.sweep import MethodRow, Pace
+from hypersd.sweep import MethodRow, Pace, allowed_steps, spans
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Engine:
         self._load, self._draw = load, draw
         self._backbone: Any = None
         self._turn = threading.Lock()  # held while loading and while drawing: visitors queue instead of sharing cores
-        self._shelf = Shelf(keep_bytes)
+        self._shelf: Shelf[Drawing] = Shelf(keep_bytes)
 
     @property
     def ready(self) -> bool:
@@ -215,25 +215,39 @@ class _Turn:
         self.lock.release()
 
 
-class Shelf:
-    """Finished drawings by key, the least recently used thrown out when they take more than `room` bytes."""
+class Sized(Protocol):
+    """Something that knows how many bytes it takes."""
+
+    @property
+    def size(self) -> int: ...
+
+
+T = TypeVar("T", bound=Sized)
+
+
+class Shelf(Generic[T]):
+    """Finished things by key, the least recently used thrown out when they take more than `room` bytes."""
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self._kept: OrderedDict[str, Drawing] = OrderedDict()
+        self._kept: OrderedDict[str, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Drawing | None:
+    @property
+    def size(self) -> int:
+        return sum(item.size for item in self._kept.values())
+
+    def get(self, key: str) -> T | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def put(self, key: str, drawing: Drawing) -> None:
+    def put(self, key: str, item: T) -> None:
         with self._lock:
-            self._kept[key] = drawing
+            self._kept[key] = item
             self._kept.move_to_end(key)
-            while self._kept and sum(d.size for d in self._kept.values()) > self.room:
+            while self._kept and self.size > self.room:
                 self._kept.popitem(last=False)
 
 
@@ -242,13 +256,16 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Cell:
-    """One panel of a comparison before it is drawn; `problem` says why this method cannot draw this request."""
+    """One panel of a comparison before it is drawn. `problem` says why this method cannot draw this request; then
+    `allowed` are the step counts it was made for, such as "2-8", and `nearest` is the closest of them, 0 for none."""
 
     request: Request
     method: str
     title: str
     reference: bool = False
     problem: str = ""
+    allowed: str = ""
+    nearest: int = 0
 
 
 @dataclass(frozen=True)
@@ -274,26 +291,28 @@ def plan(
     unknown = [str(name)[:40] for name in names if name not in methods]
     if unknown:
         raise InputError(f"there is no method {unknown[0]!r}; choose from {', '.join(methods)}")
-    cells = [_cell(request, methods[name]) for name in methods if name in names]
+    cells = [cell(request, methods[name]) for name in methods if name in names]
     if reference:
-        same = [i for i, cell in enumerate(cells) if (cell.method, cell.request.steps) == reference]
-        again = _cell(replace(request, steps=reference[1], eta=None), methods[reference[0]])
-        cells = [cell for i, cell in enumerate(cells) if i not in same] + [replace(again, reference=True)]
+        others = [one for one in cells if (one.method, one.request.steps) != reference]
+        again = cell(replace(request, steps=reference[1], eta=None), methods[reference[0]])
+        cells = [*others, replace(again, reference=True)]
     if not cells:
         raise InputError("no method is chosen; tick at least one")
     return cells
 
 
-def _cell(request: Request, row: MethodRow) -> Cell:
+def cell(request: Request, row: MethodRow) -> Cell:
     try:
         row.check(request)
     except InputError as problem:
-        return Cell(request, row.name, row.title, problem=str(problem))
+        counts = allowed_steps(row)
+        nearest = min(counts, key=lambda n: abs(n - request.steps), default=0)
+        return Cell(request, row.name, row.title, problem=str(problem), allowed=spans(counts), nearest=nearest)
     return Cell(request, row.name, row.title)
 
 
 async def stream(
-    cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.1
+    cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.2
 ) -> AsyncGenerator[list[News], None]:
     """Draw the cells in order and tell the news, gathered for `beat` seconds; an empty list after a quiet second.
 

@@ -99,6 +99,11 @@ class Sheet:
     heads: Sequence[str] = ()
     link: str = ""
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its pixels."""
+        return sum(len(panel.pixels) for panel in self.panels if panel)
+
     def record(self) -> dict[str, Any]:
         """All that is known of the sheet but its pixels, ready for JSON; `panels` are provenances."""
         known = [panel and panel.provenance() for panel in self.panels]

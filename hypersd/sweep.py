@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ from hypersd.records import SEED_MAX, STEPS_MAX, InputError, Panel, Request, cle
 CELLS_MAX = 64  # more cannot be taken in at a glance, and would keep everybody else waiting
 
 
-class MethodRow(Protocol):
+class MethodRow(Hashable, Protocol):
     """What is read here of a row of METHODS; `methods.base.Method` is one."""
 
     @property
@@ -115,6 +116,22 @@ def _square(request: Request, row: MethodRow) -> Square:
     except InputError as problem:
         return Square(request, row.name, row.title, 0, str(problem))
     return Square(request, row.name, row.title, calls(request, row))
+
+
+# What a method allows
+
+
+@cache
+def allowed_steps(row: MethodRow) -> tuple[int, ...]:
+    """The step counts a method was made for, in rising order, asked of its own `check`."""
+    return tuple(n for n in range(1, STEPS_MAX + 1) if not _square(Request("steps", steps=n), row).problem)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Rising numbers as people write them: 1-4, 8."""
+    starts = [n for i, n in enumerate(numbers) if not i or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if n + 1 not in numbers[i + 1 : i + 2]]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 # What it costs

@@ -20,11 +20,12 @@ from PIL import Image
 from rows import METHODS
 
 from hypersd import pictures, ui
-from hypersd.engine import UNWATCHED, Drawing, Watch
-from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Panel, Request
+from hypersd.engine import UNWATCHED, Drawing, Shelf, Watch
+from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Request
 from hypersd.ui import prompts, sweep
-from hypersd.ui.board import distances, permalink
-from hypersd.ui.compare import Screen, comparison, facts_of, parcel_of, remember, restore
+from hypersd.ui.board import Board, distances, permalink
+from hypersd.ui.compare import Screen, comparison, facts_of, parcel_of, restore
+from hypersd.ui.history import LENGTH, entries, remember
 
 __all__ = ["no_loops_left"]  # a fixture that runs by itself
 SKIPPED = gr.skip()
@@ -61,16 +62,27 @@ def press(
     painter: Painter, prompt: Any = "a cat", seed: Any = 1, steps: Any = 4, names: Any = ("base", "lcm"),
     reference: Any = ("yes",), guidance: Any = None, negative: Any = "", trail: Any = False,
 ) -> list[Any]:  # fmt: skip
-    """All that the page is told after a press of Compare."""
+    """All that the page is told after a press of Compare, the key to the sheet replaced by what it opens at the end."""
     names = list(names) if isinstance(names, tuple) else names
-    return everything(comparison(screen(painter))(prompt, seed, steps, names, reference, guidance, negative, trail, []))
+    shown = screen(painter)
+    return everything(shown, comparison(shown)(prompt, seed, steps, names, reference, guidance, negative, trail, []))
 
 
-def everything(told: AsyncIterator[Any]) -> list[Any]:
+def everything(shown: Screen, told: AsyncIterator[Any]) -> list[Any]:
+    """Each yield as the page sees it: what is skipped stays as it was."""
+
     async def listen() -> list[Any]:
-        return [item async for item in told]
+        seen: list[Any] = [SKIPPED] * 5
+        heard = []
+        async for item in told:
+            seen = [old if new == SKIPPED else new for old, new in zip(seen, item, strict=True)]
+            heard.append(tuple(seen))
+        return heard
 
-    return asyncio.run(listen())
+    return [
+        (notice, state, shown.sheets.get(key) if isinstance(key, str) else key, *rest)
+        for notice, state, key, *rest in asyncio.run(listen())
+    ]
 
 
 # How it is served
@@ -133,11 +145,12 @@ def test_panels_come_one_by_one_and_the_last_word_is_complete() -> None:
     assert [(t["method"], t["facts"]["steps"], t["reference"]) for t in state["tiles"]] == [
         ("base", 4, False), ("lcm", 4, False), ("base", 25, True)]  # fmt: skip
     assert past == history == [past[0]]
-    assert past[0]["link"] == state["link"]
+    assert (past[0]["link"], past[0]["title"]) == (state["link"], "a cat")
+    assert past[0]["detail"] == "2 methods, 4 steps, seed 1"
 
 
 def test_progress_is_told_while_a_panel_is_drawn() -> None:
-    told = press(Painter(0.03), steps=25, names=("base",), reference=())
+    told = press(Painter(0.04), steps=25, names=("base",), reference=())
     steps = [state["tiles"][0]["step"] for _, state, *_ in told if state["tiles"][0]["phase"] == "drawing"]
     assert len(set(steps)) > 3
     assert steps == sorted(steps)
@@ -167,6 +180,7 @@ def test_a_method_that_cannot_says_so_in_its_panel_and_the_others_go_on() -> Non
     *_, (_, state, *_) = press(Painter(), steps=1, names=("base", "tcd"))
     assert [tile["phase"] for tile in state["tiles"]] == ["done", "problem", "done"]
     assert "tcd was made for 2-8 steps, got 1" in state["tiles"][1]["text"]
+    assert [(tile["allowed"], tile["nearest"]) for tile in state["tiles"]] == [("", 0), ("2-8", 2), ("", 0)]
 
 
 def test_pictures_are_lossless_and_carry_their_provenance() -> None:
@@ -271,9 +285,18 @@ def unpacked(parcel: dict[str, Any]) -> bytes:
     return base64.b64decode(parcel["src"].split(",")[1])
 
 
+def holding(taken: pictures.Sheet | None) -> Screen:
+    """A screen that holds this sheet under the key "mine"."""
+    shown = screen(Painter())
+    if taken:
+        shown.sheets.put("mine", taken)
+    return shown
+
+
 def test_a_contact_sheet_and_its_json_say_the_same() -> None:
     *_, (_, state, taken, *_) = press(Painter())
-    (_, picture), (_, facts) = parcel_of(taken), facts_of(taken)
+    shown = holding(taken)
+    (_, picture), (_, facts) = parcel_of(shown)("mine"), facts_of(shown)("mine")
     assert (picture["name"], facts["name"]) == ("hypersd-seed-1.png", "hypersd-seed-1.json")
     known = json.loads(unpacked(facts))
     assert known["panels"] == [tile["facts"] for tile in state["tiles"]]
@@ -284,9 +307,22 @@ def test_a_contact_sheet_and_its_json_say_the_same() -> None:
 
 
 def test_without_pictures_there_is_nothing_to_take_along() -> None:
-    for taken in (None, pictures.Sheet([]), pictures.Sheet([None])):
-        assert parcel_of(taken) == facts_of(taken)
-        assert "draw something first" in parcel_of(taken)[0]
+    for shown in map(holding, (None, pictures.Sheet([]), pictures.Sheet([None]))):
+        assert parcel_of(shown)("mine") == facts_of(shown)("mine")
+        assert "draw it first" in parcel_of(shown)("mine")[0]
+
+
+def test_what_visitors_may_take_along_does_not_fill_the_memory() -> None:
+    shown, sheet = screen(Painter()), pictures.Sheet([paint(Request("a cat"), "lcm")] * 64)
+    for visitor in range(100):
+        shown.sheets.put(str(visitor), sheet)
+    assert sheet.size == 64 * 64 * 64 * 3
+    assert 80 << 18 < shown.sheets.size <= 64 << 20 < 100 * sheet.size
+    assert shown.sheets.get("99") is sheet
+    assert shown.sheets.get("0") is None
+    small = Screen(Painter(), METHODS, ("base", 25), Shelf(10))
+    *_, last = everything(small, comparison(small)("a cat", 1, 4, ["lcm"], [], None, "", False, []))
+    assert last[2] is None  # no room for it: said when it is asked for, not at the drawing
 
 
 # Sweeps
@@ -297,21 +333,25 @@ def grid(
     negative: Any = "",
 ) -> list[Any]:  # fmt: skip
     """All that the page is told after a press of "Draw the grid"."""
-    chosen = ["base", "tcd"] if names is None else names
-    return everything(sweep.sweeping(screen(painter))(texts, seeds, steps, chosen, guidance, negative))
+    chosen, shown = ["base", "tcd"] if names is None else names, screen(painter)
+    return everything(shown, sweep.sweeping(shown)(texts, seeds, steps, chosen, guidance, negative, []))
 
 
 def test_a_grid_fills_row_by_row_and_says_what_cannot_be() -> None:
     painter = Painter(0.01)
     told = grid(painter)
     assert painter.calls == ["base 1", "base 2", "tcd 2"]
-    finished = [sum(tile["phase"] == "done" for tile in state["tiles"]) for _, state, _ in told]
+    finished = [sum(tile["phase"] == "done" for tile in state["tiles"]) for _, state, *_ in told]
     assert (finished, set(finished)) == (sorted(finished), {0, 1, 2, 3})
-    *_, (notice, state, taken) = told
+    *_, (notice, state, taken, past, history) = told
+    assert past == history
+    assert [(row["title"], row["detail"], row["link"]) for row in past] == [
+        ("a cat", "sweep of 4, 1, 2 steps", state["link"])]  # fmt: skip
     assert (notice, state["status"], state["columns"], state["numbers"]) == ("", "done", [1, 2], {})
     assert [row["title"] for row in state["rows"]] == ["Base model", "TCD"]
     assert [tile["phase"] for tile in state["tiles"]] == ["done", "done", "problem", "done"]
     assert "tcd was made for 2-8 steps, got 1" in state["tiles"][2]["text"]
+    assert (state["tiles"][2]["allowed"], state["tiles"][2]["nearest"]) == ("2-8", 2)
     assert [panel and panel.method for panel in taken.panels] == ["base", "base", None, "tcd"]
     assert (taken.rows, taken.heads) == (["Base model", "TCD"], ["1 step", "2 steps"])
 
@@ -320,8 +360,8 @@ def test_a_stopped_grid_keeps_its_pictures_and_the_next_run_fills_the_rest() -> 
     painter = Painter(0.02, keep=True)
 
     async def leave_early() -> None:
-        told = sweep.sweeping(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "")
-        async for _, state, _ in told:
+        told = sweep.sweeping(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "", [])
+        async for _, state, *_ in told:
             if sum(tile["phase"] == "done" for tile in state["tiles"]) >= 2:
                 break
         await told.aclose()
@@ -332,7 +372,7 @@ def test_a_stopped_grid_keeps_its_pictures_and_the_next_run_fills_the_rest() -> 
     assert "4 pictures, 36 network calls" in price
     assert "2 pictures drawn before" in price
     painter.calls.clear()
-    *_, (_, state, _) = grid(painter, seeds="1-3", steps="1, 8", names=["base"])
+    *_, (_, state, *_) = grid(painter, seeds="1-3", steps="1, 8", names=["base"])
     assert [tile["kept"] for tile in state["tiles"]] == [True, True, False, False, False, False]
     assert painter.calls == ["base 1", "base 8", "base 1", "base 8"]
     assert "Nothing left to draw" in sweep.estimate(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "")
@@ -357,15 +397,15 @@ def test_the_price_is_told_before_and_becomes_seconds_once_something_was_drawn()
 ], ids=str)  # fmt: skip
 def test_a_grid_that_cannot_be_is_a_sentence_and_nothing_else_changes(given: dict[str, Any], sentence: str) -> None:
     painter = Painter()
-    [(notice, state, taken)] = grid(painter, **given)
+    [(notice, state, *rest)] = grid(painter, **given)
     assert sentence in notice
-    assert (state, taken, painter.calls) == ({"status": "refused"}, SKIPPED, [])
+    assert (state, rest, painter.calls) == ({"status": "refused"}, [SKIPPED] * 3, [])
 
 
 def test_a_sweeps_link_restores_it() -> None:
     from urllib.parse import parse_qsl
 
-    *_, (_, state, taken) = grid(Painter(), "a cat & co\na 🐕?", "3, 1-2", "4 2", ["tcd", "lcm"], "2.5", "red")
+    *_, (_, state, taken, *_) = grid(Painter(), "a cat & co\na 🐕?", "3, 1-2", "4 2", ["tcd", "lcm"], "2.5", "red")
     query = dict(parse_qsl(state["link"][1:]))
     assert taken.link == state["link"]
     assert sweep.restore(query, list(METHODS)) == ["a cat & co\na 🐕?", "3,1,2", "2,4", ["lcm", "tcd"], "2.5", "red"]
@@ -403,17 +443,28 @@ def test_a_broken_link_changes_nothing() -> None:
 
 
 def test_history_keeps_the_newest_first_without_doubles_and_forgives_rubbish() -> None:
-    *_, (*_, past, _) = press(Painter(), prompt="one")
-    painter = Painter()
-    for prompt in ["two", "one"]:
-        *_, (*_, past, _) = everything(comparison(screen(painter))(prompt, 1, 4, ["base"], [], None, "", False, past))
-    assert [entry["prompt"] for entry in past] == ["one", "two", "one"]  # the first "one" had other methods
-    for rubbish in (None, "x", [1, {}], {"a": 1}):
-        assert isinstance(remember(rubbish, Request("x"), _NoPanels()), list)  # type: ignore[arg-type]
+    shown = screen(Painter())
+    past: Any = [None, {"link": 1}, {"link": "?x", "title": "old", "detail": "kept"}]
+    for prompt, names in [("one", ["base"]), ("two", ["base"]), ("one", ["base"]), ("one", ["lcm"])]:
+        *_, (*_, past, _) = everything(shown, comparison(shown)(prompt, 1, 4, names, [], None, "", False, past))
+    assert [entry["title"] for entry in past] == ["one", "one", "two", "old"]
+    for rubbish in (None, "x", [1, {}], {"a": 1}, past * 20):
+        assert len(remember(rubbish, Board([], "?new"), "a", "b")) in (0, 80)
+    *_, (*_, longest, _) = everything(shown, comparison(shown)("x", 1, 4, ["lcm"], [], None, "", False, past * 20))
+    assert len(longest) == LENGTH
+    assert entries(longest) == longest
 
 
-class _NoPanels:
-    panels: list[Panel] = []  # noqa: RUF012
+def test_a_stopped_comparison_is_remembered_from_its_first_picture_on() -> None:
+    async def leave_early() -> list[Any]:
+        told = comparison(screen(Painter()))("a cat", 1, 4, ["lcm", "tcd"], [], None, "", False, [])
+        async for _, _, _, past, _ in told:
+            if past != SKIPPED:
+                await told.aclose()
+                return past  # type: ignore[no-any-return]
+        return []
+
+    assert [entry["title"] for entry in asyncio.run(leave_early())] == ["a cat"]
 
 
 def test_every_surprise_is_a_prompt() -> None:

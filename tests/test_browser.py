@@ -1,6 +1,7 @@
 """A first-time visitor's path in a real browser: open, type, compare, look closely, take along, come back.
 
-HYPERSD_SCREENSHOTS names a folder for the screenshots; without it they go to pytest's own.
+HYPERSD_SCREENSHOTS names a folder for the screenshots; without it they go to pytest's own. The two of the README are
+taken by the slow test at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from PIL import Image
 from rows import METHODS
 
 from hypersd import pictures, ui
+from hypersd.engine import Engine
 from hypersd.records import Request
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
@@ -68,6 +70,7 @@ class Visit:
 
     page: Any
     shots: Path
+    name: str = "desktop-light"
     complaints: list[str] = field(default_factory=list)
     abroad: list[str] = field(default_factory=list)
 
@@ -105,7 +108,9 @@ class Visit:
         )
 
     def shot(self, name: str) -> None:
-        self.page.screenshot(path=self.shots / f"{name}.png", full_page=True)
+        """Keep a picture of the whole page, which has to fit the width of the screen."""
+        self.page.screenshot(path=self.shots / f"{self.name}-{name}.png", full_page=True)
+        assert self.fits()
 
     def says(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
@@ -137,13 +142,15 @@ def viewer(compared: Visit) -> Visit:
 
 
 @contextmanager
-def visiting(browser: Any, folder: Path, size: str = "desktop", scheme: str = "light") -> Iterator[Visit]:
+def visiting(
+    browser: Any, folder: Path, size: str = "desktop", scheme: str = "light", sharp: float = 1
+) -> Iterator[Visit]:
     width, height = SIZES[size]
     shots = Path(os.environ.get("HYPERSD_SCREENSHOTS", folder))
     shots.mkdir(parents=True, exist_ok=True)
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone",
-        permissions=["clipboard-read", "clipboard-write"],
+        permissions=["clipboard-read", "clipboard-write"], device_scale_factor=sharp,
     )  # fmt: skip
     context.set_default_timeout(60_000)
     visitor = Visit(context.new_page(), shots)
@@ -154,33 +161,83 @@ def visiting(browser: Any, folder: Path, size: str = "desktop", scheme: str = "l
 
 
 @pytest.mark.parametrize("visit", [(s, c) for s in SIZES for c in ("light", "dark")], indirect=True, ids="-".join)
-def test_the_whole_path(visit: Visit, demo: gr.Blocks, request: pytest.FixtureRequest) -> None:
-    page, name = visit.page, request.node.callspec.id
-    visit.open(address(demo))
-    visit.shot(f"{name}-1-open")
-    assert visit.fits()
+def test_the_whole_path(visit: Visit, request: pytest.FixtureRequest) -> None:
+    """Open, type, compare, look closely, sweep, stop, go on, take along; then a restart, and the link again."""
+    page, visit.name = visit.page, request.node.callspec.id
+    with served(ui.build(Painter(0.01, keep=True), METHODS)) as app:
+        visit.open(address(app))
+        visit.shot("1-open")
+        look_at_a_comparison(visit)
+        links = [take_along(visit, "hypersd-seed-1.png"), sweep_and_stop(visit)]
+        port = app.server_port
+        page.goto("about:blank")
+    with served(ui.build(Painter(), METHODS), server_port=port):
+        visit.open(links[0])
+        visit.wait_for_panels(5)
+        assert page.input_value("#hs-prompt textarea") == "a red apple, noto style"
+        page.goto(links[1])  # opens on the sweep
+        visit.wait_for_grid(22)
+        page.click("#hs-past > button")  # the history of the first server's time is still there
+        page.wait_for_selector(".hs-past-item")
+        lines = page.locator(".hs-past-item small").all_inner_texts()
+        assert lines == ["sweep of 24, 1, 2, 4 steps", "4 methods, 4 steps, seed 1"]
+        page.click("#hs-credits > button")
+        page.wait_for_selector("#hs-credits a >> text=Noto Emoji")
+        visit.shot("9-history-and-credits")
+        page.goto("about:blank")
+
+
+def look_at_a_comparison(visit: Visit) -> None:
+    page = visit.page
     page.fill("#hs-prompt textarea", "a red apple, noto style")
     page.press("#hs-prompt textarea", "Enter")
     page.wait_for_selector(DONE)
-    visit.shot(f"{name}-2-first-panel")
+    visit.shot("2-first-panel")
     visit.wait_for_panels(5)
-    visit.shot(f"{name}-3-done")
-    assert visit.fits()
+    visit.shot("3-done")
     assert "4 steps\n8 NFE" in visit.says(DONE)
     for mode in ("slider", "flip", "difference"):
         page.click(f"[data-mode={mode}]")
-        page.wait_for_timeout(150)
-        visit.shot(f"{name}-4-{mode}")
-        assert visit.fits()
-    page.click("[data-mode=grid]")
-    page.get_by_label("Zoom in").click(click_count=4)
-    visit.shot(f"{name}-5-zoomed")
-    page.click("#hs-past > button")
-    page.wait_for_selector(".hs-past-item")
-    page.click("#hs-credits > button")
-    page.wait_for_selector("#hs-credits a >> text=Noto Emoji")
-    visit.shot(f"{name}-6-history-and-credits")
-    assert visit.fits()
+        page.wait_for_timeout(100)
+        visit.shot(f"4-{mode}")
+    page.keyboard.press("g")
+    page.get_by_label("Zoom in").first.click(click_count=4)
+    visit.shot("5-zoomed")
+    assert page.locator("#hs-viewer .hs-zoomed").count() == 1
+    page.keyboard.press("0")
+
+
+def take_along(visit: Visit, sheet: str) -> str:
+    """Download the contact sheet of what is open, and copy its link."""
+    page = visit.page
+    with page.expect_download() as got:
+        page.locator("text=Contact sheet").locator("visible=true").click()
+    assert got.value.suggested_filename == sheet
+    with Image.open(got.value.path()) as image:
+        assert json.loads(image.info[pictures.CHUNK])["panels"]
+    page.locator("text=Copy link").locator("visible=true").click()
+    page.wait_for_selector("text=Copied >> visible=true")
+    return str(page.evaluate("navigator.clipboard.readText()"))
+
+
+def sweep_and_stop(visit: Visit) -> str:
+    """Draw half a grid, stop, draw the rest; the link to it."""
+    page = visit.page
+    page.get_by_role("tab", name="Sweep").click()
+    page.wait_for_function("document.querySelector('#hs-sweep-prompts textarea')?.value === 'a red apple, noto style'")
+    page.fill("#hs-sweep-steps input", "1, 2, 4")
+    page.fill("#hs-sweep-seeds input", "1-2")
+    page.wait_for_selector("#hs-sweep-cost >> text=/^18 pictures, 48 network calls.*; 4 pictures drawn before/")
+    page.click("#hs-sweep-go")
+    page.wait_for_selector(FILLED)
+    page.click("#hs-sweep-stop")
+    page.wait_for_selector("#hs-grid >> text=stopped")
+    page.wait_for_selector("#hs-sweep-cost >> text=drawn before")
+    visit.shot("6-sweep-stopped")
+    page.click("#hs-sweep-go")
+    visit.wait_for_grid(22)
+    visit.shot("7-sweep")
+    return take_along(visit, "hypersd-seed-1.png")
 
 
 def test_the_first_panel_is_there_before_the_last(
@@ -233,6 +290,79 @@ def test_zoom_and_position_are_shared(viewer: Visit) -> None:
     page.mouse.wheel(0, -200)
     page.keyboard.up("Control")
     page.wait_for_function("document.querySelector('.hs-zoomed')")
+
+
+@pytest.mark.parametrize("visit", [("phone", "light")], indirect=True)
+def test_two_fingers_zoom_all_panels(visit: Visit, demo: gr.Blocks) -> None:
+    page = visit.page
+    visit.open(address(demo))
+    visit.compare(5)
+    page.locator(".hs-frame").first.scroll_into_view_if_needed()
+    box = page.locator(".hs-frame").first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    hand = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *reaches: float) -> None:
+        for reach in reaches:
+            fingers = [{"x": middle[0] + side * reach, "y": middle[1], "id": i} for i, side in enumerate((-1, 1))]
+            hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers if reach else []})
+
+    touch("touchStart", 15)
+    touch("touchMove", 20, 30, 45)
+    touch("touchEnd", 0)
+    places = page.eval_on_selector_all(
+        ".hs-frame > .hs-pic:first-child", "all => all.map(n => getComputedStyle(n).transform)"
+    )
+    assert len(set(places)) == 1
+    assert float(places[0].split("(")[1].split(",")[0]) == pytest.approx(3, rel=0.05)
+    assert page.evaluate("visualViewport.scale") == 1  # the pictures grow, the page does not
+    touch("touchStart", 45)
+    touch("touchMove", 30, 10)
+    touch("touchEnd", 0)
+    assert page.locator(".hs-zoomed").count() == 0
+
+
+def test_a_method_that_cannot_says_what_it_can_and_one_press_draws_that(visit: Visit, demo: gr.Blocks) -> None:
+    page = visit.page
+    visit.open(address(demo))
+    page.wait_for_function("hypersd.allowed.length")
+    page.fill("#hs-steps input", "12")
+    page.wait_for_selector("#hs-methods .hs-unable")
+    assert page.locator("#hs-methods .hs-unable").all_inner_texts() == ["LCM", "TCD", "Hyper-SD"]
+    assert page.locator("#hs-methods .hs-unable").nth(1).get_attribute("title") == "made for 2–8 steps"
+    visit.compare(2)
+    unable = page.locator("#hs-viewer [data-phase=unable]")
+    assert unable.all_inner_texts() == [f"made for {n} steps\nCompare at 8\n{title}" for n, title in
+                                        [("1–8", "LCM"), ("2–8", "TCD"), ("1–8", "Hyper-SD")]]  # fmt: skip
+    visit.shot("unable")
+    unable.nth(1).get_by_role("button").click()
+    visit.wait_for_panels(5)
+    assert page.input_value("#hs-steps input") == "8"
+    assert page.locator("#hs-methods .hs-unable").count() == 0
+
+
+def test_a_waiting_page_moves_nothing_and_a_step_changes_little(
+    visit: Visit, demo: gr.Blocks, painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(painter, "seconds", 0.05)
+    page = visit.page
+    visit.open(address(demo))
+    page.click("#hs-go")
+    page.wait_for_selector("text=/step [2-9] of 25/")
+    counted = page.evaluate("""async () => {
+        let updates = 0, changes = 0;
+        const viewer = hypersd.viewer, update = viewer.update.bind(viewer);
+        viewer.update = (state) => { updates += 1; update(state); };
+        const seen = new MutationObserver((list) => (changes += list.length));
+        seen.observe(viewer.stage, { subtree: true, childList: true, attributes: true, characterData: true });
+        await new Promise((go) => setTimeout(go, 600));
+        seen.disconnect();
+        return { updates, changes, animations: document.getAnimations().length };
+    }""")
+    assert counted["animations"] == 0
+    assert 1 <= counted["updates"] <= 6
+    assert counted["changes"] <= 3 * counted["updates"]  # a name, a text and a length; never a new element
+    visit.wait_for_panels(5)
 
 
 def test_holding_space_shows_the_other_picture(viewer: Visit) -> None:
@@ -320,8 +450,6 @@ def test_a_copied_link_draws_the_same_after_a_restart(visit: Visit) -> None:
         assert page.input_value("#hs-steps input") == "2"
         assert not page.locator("#hs-methods").get_by_label("Hyper-SD", exact=True).is_checked()
         assert page.locator(DONE).first.inner_text() == before
-        page.click("#hs-past > button")  # the history of the first server's time is still there
-        assert "a blue & green fish?" in visit.says(".hs-past-item")
         page.goto("about:blank")
 
 
@@ -389,21 +517,18 @@ def test_the_strip_of_steps_can_be_looked_through(visit: Visit, demo: gr.Blocks)
     assert picture.get_attribute("src") == final
 
 
-@pytest.mark.parametrize("visit", [(s, c) for s in SIZES for c in ("light", "dark")], indirect=True, ids="-".join)
-def test_a_sweep_is_priced_drawn_and_scrolled(visit: Visit, demo: gr.Blocks, request: pytest.FixtureRequest) -> None:
-    page, name = visit.page, request.node.callspec.id
+@pytest.mark.parametrize("visit", [("phone", "dark")], indirect=True)
+def test_a_grid_names_its_rows_and_columns_wherever_it_is_scrolled(visit: Visit, demo: gr.Blocks) -> None:
+    page = visit.page
     visit.open_sweep(address(demo))
     page.fill("#hs-sweep-steps input", "1, 2, 4")
     page.fill("#hs-sweep-seeds input", "1-2")
-    page.wait_for_selector("#hs-sweep-cost >> text=/^22 pictures, 68 network calls/")
-    page.click("#hs-sweep-go")
+    page.press("#hs-sweep-seeds input", "Enter")
     visit.wait_for_grid(22)
-    visit.shot(f"{name}-7-sweep")
-    assert visit.fits()
     assert page.locator("#hs-grid thead th").all_inner_texts() == ["1 step", "2 steps", "4 steps"]
     names = [f"{row.title}\nseed {seed}" for seed in (1, 2) for row in METHODS.values()]
     assert page.locator("#hs-grid tbody th").all_inner_texts() == names
-    assert "tcd was made for 2-8 steps, got 1" in page.locator("#hs-grid [data-phase=problem]").first.inner_text()
+    assert page.locator("#hs-grid [data-phase=unable]").first.inner_text() == "made for 2–8 steps"
     box = page.locator(".hs-lattice")
     box.evaluate("n => n.scrollTo(200, 300)")
     frame = box.bounding_box()
@@ -416,44 +541,23 @@ def test_a_sweep_is_priced_drawn_and_scrolled(visit: Visit, demo: gr.Blocks, req
     assert places[0] != "matrix(1, 0, 0, 1, 0, 0)"
 
 
-def test_a_stopped_sweep_goes_on_and_its_link_draws_it_again_after_a_restart(visit: Visit) -> None:
+def test_a_sweep_in_the_history_is_drawn_again(visit: Visit, demo: gr.Blocks) -> None:
     page = visit.page
-    with served(ui.build(Painter(0.1, keep=True), METHODS, credits="")) as app:
-        visit.open_sweep(address(app))
-        page.fill("#hs-sweep-prompts textarea", "a blue fish\na red & green cat?")
-        page.fill("#hs-sweep-steps input", "8, 2")
-        page.locator("#hs-sweep-methods").get_by_label("TCD", exact=True).uncheck()
-        page.locator("body").click(position={"x": 3, "y": 3})
-        page.keyboard.press("c")
-        page.wait_for_function(f"document.querySelectorAll('{FILLED}').length >= 4")
-        first = page.locator("#hs-grid .hs-card").evaluate_all("all => all.map(n => n.dataset.phase)")
-        assert first[:4] == ["done"] * 4  # row by row
-        page.keyboard.press("Escape")
-        page.wait_for_selector("#hs-grid >> text=stopped")
-        page.wait_for_selector("#hs-sweep-cost >> text=drawn before")
-        assert page.locator(FILLED).count() < 12
-        page.click("#hs-sweep-go")
-        visit.wait_for_grid(12)
-        with page.expect_download() as sheet:
-            page.get_by_text("Contact sheet").last.click()
-        with page.expect_download() as facts:
-            page.get_by_text("JSON").last.click()
-        known = json.loads(facts.value.path().read_text(encoding="utf-8"))
-        with Image.open(sheet.value.path()) as image:
-            assert json.loads(image.info[pictures.CHUNK]) == known
-            image.save(visit.shots / "sweep-sheet.png")
-        assert [panel["steps"] for panel in known["panels"]] == [2, 8] * 6
-        page.get_by_text("Copy link").last.click()
-        link = page.evaluate("navigator.clipboard.readText()")
-        port = app.server_port
-        page.goto("about:blank")
-    with served(ui.build(Painter(), METHODS, credits=""), server_port=port):
-        page.goto(link)  # opens on the sweep
-        visit.wait_for_grid(12)
-        assert page.input_value("#hs-sweep-prompts textarea") == "a blue fish\na red & green cat?"
-        assert page.input_value("#hs-sweep-steps input") == "2,8"
-        assert not page.locator("#hs-sweep-methods").get_by_label("TCD", exact=True).is_checked()
-        page.goto("about:blank")
+    visit.open_sweep(address(demo))
+    page.fill("#hs-sweep-prompts textarea", "a blue fish\na red & green cat?")
+    page.fill("#hs-sweep-steps input", "8, 2")
+    page.locator("#hs-sweep-methods").get_by_label("TCD", exact=True).uncheck()
+    page.locator("body").click(position={"x": 3, "y": 3})
+    page.keyboard.press("c")
+    visit.wait_for_grid(12)
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#hs-past > button")
+    page.get_by_text("a blue fish and 1 more").click()
+    page.wait_for_selector("#hs-sweep-go")
+    visit.wait_for_grid(12)
+    assert page.input_value("#hs-sweep-prompts textarea") == "a blue fish\na red & green cat?"
+    assert page.input_value("#hs-sweep-steps input") == "2,8"
+    assert page.input_value("#hs-prompt textarea") == "a happy cat, fluent style"
 
 
 def test_a_sweep_that_cannot_be_is_answered_calmly(visit: Visit, demo: gr.Blocks) -> None:
@@ -474,3 +578,32 @@ def test_everything_has_a_name(viewer: Visit) -> None:
         .map(n => n.outerHTML.slice(0, 120))""")
     assert nameless == []
     assert viewer.page.locator(".hs-viewer [role=img]:not([aria-label])").count() == 0
+
+
+LOOKS = {
+    "screen-desktop": ("desktop", "light", 1.5, "prompt=a+happy+cat,+fluent+style&seed=1&steps=4", "#hs-header"),
+    "screen-phone": ("phone", "dark", 2, "prompts=a+happy+cat,+fluent+style&seeds=1&steps=1,2,4,8", "#hs-grid"),
+}
+
+
+@pytest.mark.slow
+def test_the_real_model_sits_for_the_readme(browser: Any, tmp_path: Path) -> None:
+    """`HYPERSD_SCREENSHOTS=assets python -m pytest -m slow tests/test_browser.py` takes the README's screenshots."""
+    from hypersd.backbone import Backbone
+    from hypersd.methods import METHODS as REAL
+
+    with served(ui.build(Engine(lambda: Backbone.load("emoji"), REAL), REAL)) as app:
+        for name, (size, scheme, sharp, query, top) in LOOKS.items():
+            with visiting(browser, tmp_path, size, scheme, sharp) as visitor:
+                page = visitor.page
+                page.goto(f"{address(app)}?{query}")
+                page.wait_for_selector(".hs-card[data-phase=done]", timeout=300_000)
+                page.wait_for_function("!document.body.matches('.hs-running, .hs-sweeping')", timeout=300_000)
+                page.evaluate("top => document.querySelector(top).scrollIntoView()", top)
+                page.evaluate("document.activeElement.blur()")
+                page.screenshot(path=visitor.shots / f"{name}.png")
+                with Image.open(visitor.shots / f"{name}.png") as shot:
+                    few = shot.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT)
+                few.save(visitor.shots / f"{name}.png", optimize=True)
+                assert (visitor.shots / f"{name}.png").stat().st_size < 400_000
+                page.goto("about:blank")

@@ -1,17 +1,22 @@
-"""ZeroGPU with a stand-in for its package: who borrows a GPU, for how long, and that nobody does elsewhere."""
+"""ZeroGPU with a stand-in for its package: who borrows a GPU, for how long, that it tells and stops, and that nobody
+borrows elsewhere."""
 
 from __future__ import annotations
 
+import pickle
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rows import METHODS
 from samples import panel
 
-from hypersd.engine import Engine
+from hypersd.engine import Engine, Progress, Stopped, Watch
 from hypersd.hosting import SECONDS_MAX, gpu_draw
 from hypersd.records import InputError, Panel, Request
 
@@ -19,21 +24,31 @@ CAT = Request("a cat", 1, 4)
 
 
 class Lender:
-    """What `spaces` does on ZeroGPU, in this process: notes for how long a GPU is asked for, then calls."""
+    """What `spaces` does on ZeroGPU with a generator, in this process: notes for how long a GPU is asked for, carries
+    each item over as bytes, and closes the task when its own generator is closed."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.carried = 0
 
     def GPU(self, task: Callable[..., Any], duration: Callable[..., int]) -> Callable[..., Any]:
-        def borrowed(*arguments: Any) -> Any:
+        def borrowed(*arguments: Any) -> Iterator[Any]:
             self.asked.append(duration(*arguments))
-            return task(*arguments)
+            for item in task(*arguments):
+                self.carried += 1
+                yield pickle.loads(pickle.dumps(item))  # noqa: S301 (our own bytes)
 
         return borrowed
 
 
 def paint(backbone: Any, request: Request, method: Any, *, on_step: Any = None) -> Panel:
     assert backbone.sha256 == "weights"
+    for index in range(request.steps):
+        on_step(SimpleNamespace(index=index, total=request.steps, pixels=lambda: torch.zeros(1, 4, 4, 3)))
+        backbone.steps.append(index)
+        time.sleep(0.002)
+    if request.prompt == "broken":
+        raise ValueError("no picture today")
     return panel(method=method.name, steps=request.steps)
 
 
@@ -45,7 +60,7 @@ def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
 
 
 def model() -> Any:
-    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "")
+    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "", steps=[])
 
 
 def test_each_picture_borrows_a_gpu_for_as_long_as_its_calls_need(lender: Lender) -> None:
@@ -56,6 +71,35 @@ def test_each_picture_borrows_a_gpu_for_as_long_as_its_calls_need(lender: Lender
     draw(Request("a cat", 1, 100), "base")
     assert lender.asked == [6, 15, 25]
     assert max(lender.asked) <= SECONDS_MAX
+
+
+def test_steps_are_told_while_they_are_made(lender: Lender) -> None:
+    seen: list[Progress] = []
+    drawing = Engine(model, METHODS, gpu_draw(METHODS, paint))(CAT, "lcm", Watch(seen.append, trail=True))
+    assert seen == [Progress(n, 4) for n in (1, 2, 3, 4)]
+    assert len(drawing.trail) == 4
+    assert lender.carried == 4 + 1 + 1  # steps, their pictures, the panel
+
+
+def test_a_stop_ends_the_borrowing_at_the_next_step(lender: Lender) -> None:
+    borrowed, told = model(), [0]
+
+    def stop() -> bool:
+        told[0] += 1
+        return told[0] > 3
+
+    with pytest.raises(Stopped):
+        Engine(lambda: borrowed, METHODS, gpu_draw(METHODS, paint))(Request("a cat", 1, 100), "base", Watch(stop=stop))
+    assert len(borrowed.steps) < 50
+    assert lender.carried <= 4
+    assert not [thread for thread in threading.enumerate() if thread.name == "painting"]
+
+
+def test_a_fault_over_there_is_a_fault_here(lender: Lender) -> None:
+    draw = gpu_draw(METHODS, paint)
+    assert draw is not None
+    with pytest.raises(ValueError, match="no picture today"):
+        draw(model(), Request("broken", 1, 2), METHODS["lcm"])
 
 
 def test_what_cannot_be_drawn_borrows_nothing(lender: Lender) -> None:

@@ -5,18 +5,23 @@ ui.serve(ui.build(engine, METHODS))
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from hypersd.engine import Draw
 from hypersd.sweep import MethodRow
-from hypersd.ui import api, compare, sweep
+from hypersd.ui import api, compare, history, prompts, sweep
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -58,12 +63,19 @@ def build(
     """
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
-        screen = compare.Screen(draw, methods, reference)
+        screen, past = compare.Screen(draw, methods, reference), history.prepare()
         with gr.Tabs(elem_id="hs-tabs") as tabs:
             with gr.Tab("Compare", id="compare"):
-                compare.build(demo, screen)
+                one = compare.build(demo, screen, past)
             with gr.Tab("Sweep", id="sweep", render_children=True):  # there before it is opened: links fill it
-                sweep.build(demo, screen, tabs)
+                many = sweep.build(demo, screen, tabs, past)
+        history.build(demo, past, compare.QUIET)
+        _wire_past(past, tabs, one, many, list(methods))
+        tabs.select(
+            None, [one.prompt, many.prompts], many.prompts,
+            js=f"(prompt, prompts) => hypersd.carry(prompt, prompts, {json.dumps(prompts.EXAMPLES[0])})",
+            **compare.QUIET,
+        )  # fmt: skip
         api.add(screen)
         gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
         if text := _credits() if credits is None else credits:
@@ -72,13 +84,31 @@ def build(
     return demo
 
 
+def _wire_past(past: history.History, tabs: gr.Tabs, one: compare.Fields, many: sweep.Fields, known: list[str]) -> None:
+    """Choosing an entry of the history opens its screen, fills it and draws."""
+
+    def chosen(event: gr.EventData) -> list[Any]:
+        query = dict(parse_qsl(str(event.link).lstrip("?")))
+        tab = gr.Tabs(selected="sweep" if "prompts" in query else "compare")
+        return [tab, *compare.restore(query, known), *sweep.restore(query, known)]
+
+    filled = past.shown.select(chosen, None, [tabs, *one.restored, *many.inputs], **compare.QUIET)
+    filled.then(None, js="() => hypersd.chosen()", api_visibility="private")
+
+
 def serve(demo: gr.Blocks, **more: Any) -> tuple[Any, str, str]:
     """Launch with the settings that a public page wants; `more` are further arguments of `launch`."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     demo.queue(**QUEUE)
-    settings = {**LAUNCH, "mcp_server": _mcp(), "theme": _theme(), "head": _head(), **more}
+    handlers = {"exception_handlers": {RequestValidationError: _refuse}}
+    settings = {**LAUNCH, "mcp_server": _mcp(), "theme": _theme(), "head": _head(), "app_kwargs": handlers, **more}
     app, local, share = demo.launch(**settings)
     return app, local, share
+
+
+async def _refuse(request: Request, problem: Exception) -> JSONResponse:
+    """Say that a body is not a call. FastAPI's own answer repeats the body, and fails on half a surrogate pair."""
+    return JSONResponse({"detail": "This is not a call that the app knows; its /config names them."}, 422)
 
 
 def _mcp() -> bool:

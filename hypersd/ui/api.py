@@ -80,7 +80,7 @@ def sweeping(screen: Screen) -> Callable[..., AsyncGenerator[Answer, None]]:
             )
         except InputError as problem:
             raise gr.Error(str(problem), print_exception=False) from None
-        board = Board(cells(grid), "", measure=False)
+        board = Board(cells(grid, screen.methods), "", measure=False)
         asked = [
             {"prompt": s.request.prompt, "seed": s.request.seed, "steps": s.request.steps, "calls": s.calls}
             for s in grid.squares

@@ -110,14 +110,6 @@ def sheet(taken: pictures.Sheet) -> str:
     return address(file.getvalue(), "image/png")
 
 
-def thumbnail(panel: Panel, side: int = 64) -> str:
-    """A small WebP as a data address, about 1 kB, for the history kept in the browser."""
-    small = Image.frombytes("RGB", (panel.width, panel.height), panel.pixels).resize((side, side))
-    file = io.BytesIO()
-    small.save(file, "WEBP", quality=70)
-    return address(file.getvalue(), "image/webp")
-
-
 def png(panel: Panel) -> str:
     """The panel as a PNG data address, its provenance inside."""
     file = io.BytesIO()
@@ -140,6 +132,8 @@ def _tile(cell: Cell) -> State:
         "title": cell.title,
         "reference": cell.reference,
         "asked": cell.request.steps,
+        "allowed": cell.allowed,
+        "nearest": cell.nearest,
         "phase": "problem" if cell.problem else "waiting",
         "text": cell.problem,
         "step": 0,

@@ -6,65 +6,66 @@ import html
 import json
 import math
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl
 
 import gradio as gr
 
-from hypersd.engine import Draw, plan, stream
+from hypersd.engine import Draw, News, Shelf, plan, stream
 from hypersd.pictures import Sheet
 from hypersd.records import InputError, Request
-from hypersd.sweep import MethodRow
+from hypersd.sweep import MethodRow, allowed_steps, spans
 from hypersd.ui import prompts
-from hypersd.ui.board import Board, State, address, permalink, sheet, thumbnail
+from hypersd.ui.board import Board, State, address, permalink, sheet
+from hypersd.ui.history import History, remember
 
 QUICK_STEPS = (1, 2, 4, 8, 25)
-HISTORY_LENGTH = 24
-FORGOTTEN = "There is no picture to put on a sheet yet; draw something first"
+SHEETS_BYTES = 64 << 20  # for the contact sheets of everybody together, so that crowds cannot fill the memory
+FORGOTTEN = "There is no picture to put on a sheet, or it was put away; draw it first"
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What the screen needs to know; `reference` is the (method, steps) every panel is held against."""
+    """What the screen needs to know; `reference` is the (method, steps) every panel is held against. `sheets` are the
+    pictures last shown to each visitor, by a key that only the visitor's session holds."""
 
     draw: Draw
     methods: Mapping[str, MethodRow]
     reference: tuple[str, int]
+    sheets: Shelf[Sheet] = field(default_factory=lambda: Shelf(SHEETS_BYTES))
 
 
-def build(demo: gr.Blocks, screen: Screen) -> None:
+def build(demo: gr.Blocks, screen: Screen, history: History) -> Fields:
     """Lay the screen out inside the open Blocks `demo` and wire it."""
-    past = gr.BrowserState([], storage_key="hypersd-history", secret="hypersd-history")
-    taken = gr.State(None)
+    taken = gr.State("")
     fields = _form(screen)
     notice = gr.HTML("", elem_id="hs-notice")
     viewer = gr.HTML({}, html_template=VIEWER_HTML, js_on_load=VIEWER_JS, elem_id="hs-viewer", apply_default_css=False)
     parcel = gr.HTML({}, html_template="", js_on_load=PARCEL_JS, apply_default_css=False)
-    with gr.Accordion("History of this browser", open=False, elem_id="hs-past"):
-        history = gr.HTML([], html_template=PAST_HTML, js_on_load=HISTORY_JS, apply_default_css=False)
-        forget = gr.Button("Forget all", size="sm", elem_id="hs-forget")
-    _wire_run(screen, fields, [notice, viewer, taken, past, history])
-    _wire_past(demo, screen, fields, past, history, forget)
-    viewer.sheet(parcel_of, taken, [notice, parcel], **QUIET)
-    viewer.facts(facts_of, taken, [notice, parcel], **QUIET)
+    _wire_run(screen, fields, [notice, viewer, taken, *history.outputs])
+    viewer.sheet(parcel_of(screen), taken, [notice, parcel], **QUIET)
+    viewer.facts(facts_of(screen), taken, [notice, parcel], **QUIET)
+    retried = viewer.retry(with_steps, None, [fields.steps, fields.quick], **QUIET)
+    retried.then(None, js="() => hypersd.again()", api_visibility="private")
+
+    def from_address(page: gr.Request) -> list[Any]:
+        return restore(dict(page.query_params), list(screen.methods))
+
+    opened = demo.load(from_address, None, fields.restored, **QUIET)
+    allowed = json.dumps([spans(allowed_steps(row)) for row in screen.methods.values()])
+    ready = f"() => {{ hypersd.allowed = {allowed}; hypersd.able(); hypersd.opened('compare'); }}"
+    opened.then(None, js=ready, api_visibility="private")
+    return fields
 
 
 VIEWER_HTML = "<div class='hs-viewer'></div>"
 VIEWER_JS = """
 hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch,
-  { sheet: () => trigger('sheet'), facts: () => trigger('facts') });
+  { sheet: () => trigger('sheet'), facts: () => trigger('facts'), retry: (steps) => trigger('retry', { steps }) });
 """
 PARCEL_JS = "watch('value', () => hypersd.save(props.value));"
-PAST_HTML = "<div class='hs-past'></div>"
-HISTORY_JS = """
-const draw = () => hypersd.past(element.querySelector('.hs-past'), props.value, (item) => trigger('select', item));
-watch('value', draw);
-draw();
-"""
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
@@ -85,6 +86,11 @@ class Fields:
     @property
     def inputs(self) -> list[Any]:
         return [self.prompt, self.seed, self.steps, self.names, self.reference, self.guidance, self.negative]
+
+    @property
+    def restored(self) -> list[Any]:
+        """What `restore` gives values for."""
+        return [*self.inputs, self.quick]
 
 
 def _form(screen: Screen) -> Fields:
@@ -138,7 +144,7 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
             False, label="Show every step", info="A strip under each panel of what the network had in mind",
             elem_id="hs-trail",
         )  # fmt: skip
-    pick = f"(n) => {list(QUICK_STEPS)}.includes(n) ? n : null"
+    pick = f"(n) => {{ hypersd.able(n); return {list(QUICK_STEPS)}.includes(n) ? n : null; }}"
     quick.input(None, quick, steps, js="(n) => n", **QUIET)
     steps.change(None, steps, quick, js=pick, **QUIET)
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **QUIET)
@@ -146,7 +152,7 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
 
 
 def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
-    _, _, _, past, _ = outputs
+    past = outputs[3]
     run = gr.on(
         [fields.go.click, fields.prompt.submit, fields.steps.submit, fields.seed.submit, fields.guidance.submit],
         comparison(screen),
@@ -164,26 +170,6 @@ def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
     fields.stop.click(None, cancels=[run], api_visibility="private", queue=False)
 
 
-def _wire_past(
-    demo: gr.Blocks, screen: Screen, fields: Fields, past: gr.BrowserState, history: gr.HTML, forget: gr.Button
-) -> None:
-    restored = [*fields.inputs, fields.quick]
-    known = list(screen.methods)
-
-    def from_address(page: gr.Request) -> list[Any]:
-        return restore(dict(page.query_params), known)
-
-    def from_history(event: gr.EventData) -> list[Any]:
-        return restore(dict(parse_qsl(str(event.link).lstrip("?"))), known)
-
-    opened = demo.load(from_address, None, restored, **QUIET)
-    opened.then(None, js="() => hypersd.opened('compare')", api_visibility="private")
-    demo.load(lambda kept: kept, past, history, **QUIET)
-    chosen = history.select(from_history, None, restored, **QUIET)
-    chosen.then(None, js="() => hypersd.again()", api_visibility="private")
-    forget.click(lambda: ([], []), None, [past, history], **QUIET)
-
-
 def comparison(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], None]]:
     """The function behind Compare, a generator; closing it ends the computation at the next network call."""
 
@@ -198,35 +184,35 @@ def comparison(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], 
             yield say(str(problem)), {"status": "refused"}, gr.skip(), gr.skip(), gr.skip()
             return
         board = Board(cells, permalink(request, _names(names), bool(reference)))
-        yield "", board.state, sheet_of(request, board), gr.skip(), gr.skip()
+        key = secrets.token_urlsafe(8)
+        yield "", board.state, key, gr.skip(), gr.skip()
         async with aclosing(board.follow(stream(cells, screen.draw, trail=bool(trail)))) as told:
-            async for _ in told:
-                yield "", board.state, sheet_of(request, board), gr.skip(), gr.skip()
+            async for news in told:
+                kept: Any = gr.skip()
+                if first_of(news, board):
+                    kept = remember(past, board, request.prompt, _detail(request, len(names)))
+                screen.sheets.put(key, sheet_of(request, board))
+                yield gr.skip(), board.state, gr.skip(), kept, kept
         board.finish()
-        kept = remember(past, request, board)
-        yield "", board.state, sheet_of(request, board), kept, kept
+        yield gr.skip(), board.state, *[gr.skip()] * 3
 
     return run
+
+
+def first_of(news: Sequence[News], board: Board) -> bool:
+    """Whether the board's first picture is among these news: from then on it is worth remembering."""
+    return len(board.panels) == 1 and any(item.drawing for item in news)
+
+
+def _detail(request: Request, methods: int) -> str:
+    """The second line of the history's entry."""
+    counted = f"{methods} methods, " if methods > 1 else ""
+    return f"{counted}{request.steps} step{'s' * (request.steps != 1)}, seed {request.seed}"
 
 
 def say(text: str) -> str:
     """A calm sentence below the prompt; a screen reader says it too."""
     return f"<p role='status'>{html.escape(text[:1].upper() + text[1:])}.</p>" if text else ""
-
-
-def remember(past: Any, request: Request, board: Board) -> list[State]:
-    """The history with this comparison in front, equal ones merged; what the browser sent is not trusted."""
-    if not board.panels:
-        return _entries(past)
-    entry = {
-        "link": board.link, "prompt": request.prompt, "seed": request.seed, "steps": request.steps,
-        "at": int(time.time()), "picture": thumbnail(board.panels[0]),
-    }  # fmt: skip
-    return [entry, *(old for old in _entries(past) if old.get("link") != board.link)][:HISTORY_LENGTH]
-
-
-def _entries(past: Any) -> list[State]:
-    return [item for item in past if isinstance(item, dict)] if isinstance(past, list) else []
 
 
 def _or_none(value: Any) -> Any:
@@ -244,14 +230,14 @@ def sheet_of(request: Request, board: Board) -> Sheet:
     return Sheet(board.panels, title=f"{request.prompt} · seed {request.seed}", link=board.link)
 
 
-def parcel_of(taken: Sheet | None) -> tuple[str, State]:
-    """A contact sheet on its way to the browser's downloads, or a sentence when there is nothing to put on it."""
-    return _parcel(taken, "png", sheet)
+def parcel_of(screen: Screen) -> Callable[[str], tuple[str, State]]:
+    """From a visitor's key to a contact sheet for the browser's downloads, or a sentence why there is none."""
+    return lambda key: _parcel(screen.sheets.get(key), "png", sheet)
 
 
-def facts_of(taken: Sheet | None) -> tuple[str, State]:
+def facts_of(screen: Screen) -> Callable[[str], tuple[str, State]]:
     """The same without the pixels: everything that is known of the panels, as JSON."""
-    return _parcel(taken, "json", lambda known: address(_json(known), "application/json"))
+    return lambda key: _parcel(screen.sheets.get(key), "json", lambda known: address(_json(known), "application/json"))
 
 
 def _json(known: Sheet) -> bytes:
@@ -263,6 +249,12 @@ def _parcel(taken: Sheet | None, ending: str, pack: Callable[[Sheet], str]) -> t
     if taken is None or first is None:
         return say(FORGOTTEN), {}
     return "", {"name": f"hypersd-seed-{first.seed}.{ending}", "src": pack(taken), "nonce": secrets.token_hex(4)}
+
+
+def with_steps(event: gr.EventData) -> list[Any]:
+    """The number of steps that an impossible panel proposes, for the field and for the buttons beside it."""
+    steps = _figure(str(event.steps))
+    return [steps, steps if steps in QUICK_STEPS else None]
 
 
 def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:

@@ -58,9 +58,7 @@
       const node = el('figure', { class: 'hs-card hs-cell' }, frame, caption);
       const paint = () => {
         const tile = this.tiles[i];
-        node.dataset.phase = tile.phase;
-        frame.setAttribute('aria-label', tile.alt ?? `${tile.title}, ${plural(tile.asked, 'step')}: ${tile.text || tile.phase}`);
-        frame.style.aspectRatio = tile.facts ? `${tile.facts.width} / ${tile.facts.height}` : '1';
+        this.dress(node, frame, tile);
         setSrc(picture, tile.src ?? '');
         fillWait(wait, tile);
         this.caption(caption, tile);

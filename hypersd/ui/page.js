@@ -3,6 +3,8 @@
   const RUNNING = { compare: 'hs-running', sweep: 'hs-sweeping' };
   const GO = { compare: 'hs-go', sweep: 'hs-sweep-go' };
   const STOP = { compare: 'hs-stop', sweep: 'hs-sweep-stop' };
+  const FIRST = { compare: '#hs-prompt textarea', sweep: '#hs-sweep-prompts textarea' };
+  const asked = new URLSearchParams(location.search); // of the page when it was opened; drawing changes the address
   const find = (selector) => document.querySelector(selector);
   const press = (id) => {
     const target = find(`#${id}`);
@@ -14,6 +16,7 @@
 
   const page = {
     viewers: {}, // of each screen, by its name
+    allowed: [],
     get screen() {
       return find('#hs-sweep-form')?.offsetParent ? 'sweep' : 'compare';
     },
@@ -30,7 +33,27 @@
     },
     // A permalink draws its pictures at once; the bare address waits for the visitor.
     opened(screen) {
-      if (new URLSearchParams(location.search).has(screen === 'sweep' ? 'prompts' : 'prompt')) page.again(screen);
+      if (asked.has(screen === 'sweep' ? 'prompts' : 'prompt')) page.again(screen);
+    },
+    // The history tells where it sends the visitor before the form is filled.
+    chosen() {
+      page.again(page.link?.includes('prompts=') ? 'sweep' : 'compare');
+    },
+    // Methods that were not made for so many steps are dimmed; `allowed` are spans such as 2-8, in the order of rows.
+    able(steps = Number(find('#hs-steps input')?.value)) {
+      document.querySelectorAll('#hs-methods label').forEach((label, i) => {
+        const spans = page.allowed[i].split(', ').map((span) => span.split('-').map(Number));
+        const can = spans.some(([low, high = low]) => steps >= low && steps <= high);
+        label.classList.toggle('hs-unable', !can);
+        label.dataset.allowed = page.allowed[i].replaceAll('-', '–');
+        label.title = can ? '' : `made for ${label.dataset.allowed} steps`;
+      });
+    },
+    // The sweep begins with the prompt of the comparison until it has prompts of its own.
+    carry(prompt, prompts, example) {
+      page.carried ??= asked.has('prompts') ? '' : prompts;
+      if (!prompt?.trim() || prompt === example || prompts !== page.carried) return prompts;
+      return (page.carried = prompt);
     },
     again(screen = 'compare') {
       setTimeout(() => press(GO[screen]), 50);
@@ -67,7 +90,7 @@
     },
     past(root, items, choose) {
       root.replaceChildren(
-        ...(items?.length ? items.map((item) => pastItem(item, choose)) : [text('p', 'Comparisons you make appear here. They stay in this browser.')]),
+        ...(items?.length ? items.map((item) => pastItem(item, choose)) : [text('p', 'What you draw appears here. It stays in this browser.')]),
       );
     },
   };
@@ -81,9 +104,9 @@
     const picture = Object.assign(new Image(), { alt: '', width: 44, height: 44 });
     if (String(item.picture).startsWith('data:image/')) picture.src = item.picture;
     const words = text('span', '');
-    words.append(text('b', item.prompt), text('small', `seed ${item.seed}, ${item.steps} step${item.steps === 1 ? '' : 's'}`));
+    words.append(text('b', item.title), text('small', item.detail));
     button.append(picture, words);
-    button.addEventListener('click', () => choose({ link: item.link }));
+    button.addEventListener('click', () => choose({ link: (page.link = item.link) }));
     return button;
   }
 
@@ -102,7 +125,7 @@
   }
 
   const keys = {
-    '/': () => find(page.screen === 'sweep' ? '#hs-sweep-prompts textarea' : '#hs-prompt textarea')?.focus(),
+    '/': () => find(FIRST[page.screen])?.focus(),
     '?': () => find('.hs-keys')?.showModal(),
     c: () => press(GO[page.screen]),
     r: () => page.screen === 'compare' && press('hs-dice'),

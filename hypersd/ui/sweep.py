@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from hypersd import sweep
-from hypersd.engine import Cell, stream
+from hypersd.engine import Cell, cell, stream
 from hypersd.pictures import Sheet
 from hypersd.records import InputError
 from hypersd.ui import prompts
 from hypersd.ui.board import Board, State
-from hypersd.ui.compare import PARCEL_JS, QUIET, Screen, facts_of, parcel_of, say
+from hypersd.ui.compare import PARCEL_JS, QUIET, Screen, facts_of, first_of, parcel_of, say
+from hypersd.ui.history import History, remember
 
 GRID_HTML = "<div class='hs-viewer hs-sweep'></div>"
 GRID_JS = """
@@ -42,23 +44,29 @@ class Fields:
         return [self.prompts, self.seeds, self.steps, self.names, self.guidance, self.negative]
 
 
-def build(demo: gr.Blocks, screen: Screen, tabs: gr.Tabs) -> None:
+def build(demo: gr.Blocks, screen: Screen, tabs: gr.Tabs, history: History) -> Fields:
     """Lay the screen out inside its tab and wire it. A link with `prompts` in it opens this tab."""
     fields = _form(screen)
     notice = gr.HTML("", elem_id="hs-sweep-notice")
     grid = gr.HTML({}, html_template=GRID_HTML, js_on_load=GRID_JS, elem_id="hs-grid", apply_default_css=False)
-    taken = gr.State(None)
+    taken = gr.State("")
     parcel = gr.HTML({}, html_template="", js_on_load=PARCEL_JS, apply_default_css=False)
-    _wire(screen, tabs, fields, [notice, grid, taken])
-    grid.sheet(parcel_of, taken, [notice, parcel], **QUIET)
-    grid.facts(facts_of, taken, [notice, parcel], **QUIET)
+    _wire(screen, tabs, fields, history, [notice, grid, taken, *history.outputs])
+    grid.sheet(parcel_of(screen), taken, [notice, parcel], **QUIET)
+    grid.facts(facts_of(screen), taken, [notice, parcel], **QUIET)
 
     def from_address(page: gr.Request) -> list[Any]:
         query = dict(page.query_params)
-        return [gr.Tabs(selected="sweep") if "prompts" in query else gr.skip(), *restore(query, list(screen.methods))]
+        return [opens(query), *restore(query, list(screen.methods))]
 
     opened = demo.load(from_address, None, [tabs, *fields.inputs], **QUIET)
     opened.then(None, js="() => hypersd.opened('sweep')", api_visibility="private")
+    return fields
+
+
+def opens(query: Mapping[str, str]) -> Any:
+    """The tab that a link belongs to; a bare address changes nothing."""
+    return gr.Tabs(selected="sweep") if "prompts" in query else gr.skip()
 
 
 def _form(screen: Screen) -> Fields:
@@ -93,7 +101,7 @@ def _form(screen: Screen) -> Fields:
     return Fields(texts, steps, seeds, ticked, guidance, negative, go, stop, cost)
 
 
-def _wire(screen: Screen, tabs: gr.Tabs, fields: Fields, outputs: list[Any]) -> None:
+def _wire(screen: Screen, tabs: gr.Tabs, fields: Fields, history: History, outputs: list[Any]) -> None:
     quiet: dict[str, Any] = {**QUIET, "preprocess": False, "trigger_mode": "always_last"}
     gr.on(
         [tabs.select, *(field.change for field in fields.inputs)], estimate(screen), fields.inputs, fields.cost, **quiet
@@ -101,7 +109,7 @@ def _wire(screen: Screen, tabs: gr.Tabs, fields: Fields, outputs: list[Any]) -> 
     run = gr.on(
         [fields.go.click, fields.steps.submit, fields.seeds.submit, fields.guidance.submit],
         sweeping(screen),
-        fields.inputs,
+        [*fields.inputs, history.past],
         outputs,
         js="(...given) => { hypersd.begin('sweep'); return given; }",
         preprocess=False,  # whatever came goes to `sweep.plan`, where the sentences about wrong input are written
@@ -134,22 +142,35 @@ def sweeping(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], No
     """The function behind "Draw the grid", a generator; closing it ends the computation at the next network call."""
 
     async def run(
-        texts: Any, seeds: Any, steps: Any, names: Any, guidance: Any, negative: Any
+        texts: Any, seeds: Any, steps: Any, names: Any, guidance: Any, negative: Any, past: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         try:
             grid = planned(screen, texts, seeds, steps, names, guidance, negative)
         except InputError as problem:
-            yield say(str(problem)), {"status": "refused"}, gr.skip()
+            yield say(str(problem)), {"status": "refused"}, *[gr.skip()] * 3
             return
-        board = Board(cells(grid), permalink(grid), measure=False, more=shape(grid))
-        yield "", board.state, sheet_of(grid, board)
+        board = Board(cells(grid, screen.methods), permalink(grid), measure=False, more=shape(grid))
+        key = secrets.token_urlsafe(8)
+        yield "", board.state, key, gr.skip(), gr.skip()
         async with aclosing(board.follow(stream(board.cells, screen.draw))) as told:
-            async for _ in told:
-                yield "", board.state, sheet_of(grid, board)
+            async for news in told:
+                kept: Any = gr.skip()
+                if first_of(news, board):
+                    kept = remember(past, board, *_entry(grid))
+                screen.sheets.put(key, sheet_of(grid, board))
+                yield gr.skip(), board.state, gr.skip(), kept, kept
         board.finish()
-        yield "", board.state, sheet_of(grid, board)
+        yield gr.skip(), board.state, *[gr.skip()] * 3
 
     return run
+
+
+def _entry(grid: sweep.Grid) -> tuple[str, str]:
+    """The two lines of the history's entry."""
+    texts = list(dict.fromkeys(square.request.prompt for square in grid.squares))
+    more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+    counts = ", ".join(map(str, grid.columns))
+    return texts[0] + more, f"sweep of {len(grid.squares)}, {counts} step{'s' * (counts != '1')}"
 
 
 def planned(screen: Screen, texts: Any, seeds: Any, steps: Any, names: Any, guidance: Any, negative: Any) -> sweep.Grid:
@@ -160,9 +181,9 @@ def planned(screen: Screen, texts: Any, seeds: Any, steps: Any, names: Any, guid
     )
 
 
-def cells(grid: sweep.Grid) -> list[Cell]:
+def cells(grid: sweep.Grid, methods: Mapping[str, sweep.MethodRow]) -> list[Cell]:
     """What the engine is asked for, in the order of the squares."""
-    return [Cell(square.request, square.method, square.title, problem=square.problem) for square in grid.squares]
+    return [cell(square.request, methods[square.method]) for square in grid.squares]
 
 
 def shape(grid: sweep.Grid) -> State:

@@ -54,7 +54,7 @@
 
     update(state) {
       if (this.ignoring || !state?.status) return;
-      this.root.classList.remove('hs-busy');
+      if (this.root.matches('.hs-busy')) this.root.classList.remove('hs-busy'); // to remove nothing is a change too
       if (state.status === 'refused') return;
       this.tell(state.tiles);
       if (!this.shown && this.stage.getBoundingClientRect().top > innerHeight * 0.6) {
@@ -116,8 +116,8 @@
         this.toolbar();
         this.cards = pair ? [this.pairCard()] : this.tiles.map((_, i) => this.card(i));
         this.stage.className = `hs-stage hs-${this.mode}`;
-        const n = this.cards.length; // six and more go into two or more even rows
-        this.stage.style.setProperty('--columns', pair ? 1 : n <= 5 ? n : Math.min(4, Math.ceil(n / 2)));
+        const n = this.cards.length; // six and more go into even rows
+        this.stage.style.setProperty('--columns', Math.ceil(n / Math.ceil(n / 5)));
         this.stage.replaceChildren(...this.cards.map((card) => card.node));
       }
       for (const card of this.cards) card.paint();
@@ -135,16 +135,17 @@
         (this.percent = el('button', { type: 'button', 'aria-label': 'Fit', title: 'Fit (0)', onclick: () => this.fit() })),
         el('button', { type: 'button', 'aria-label': 'Zoom in', title: 'Zoom in (+)', onclick: () => this.zoomBy(1.5) }, '+'));
       const metadata = el('label', { class: 'hs-check', title: 'Downloads carry prompt, seed, method and hashes in a text chunk' },
-        el('input', { type: 'checkbox', checked: !this.strip, onchange: (e) => (this.strip = !e.target.checked) }), 'metadata');
+        el('input', { type: 'checkbox', checked: !this.strip, onchange: (e) => (this.strip = !e.target.checked) }), 'metadata in files');
       this.copyButton = el('button', { type: 'button', class: 'hs-quiet', onclick: () => this.copyLink() }, el('i', { icon: 'link' }), el('span', {}, 'Copy link'));
       const sheet = el('button', { type: 'button', class: 'hs-quiet', onclick: () => this.wants.sheet() }, el('i', { icon: 'sheet' }), el('span', {}, 'Contact sheet'));
       const facts = el('button', { type: 'button', class: 'hs-quiet', title: 'Everything that is known of these panels', onclick: () => this.wants.facts() }, 'JSON');
+      this.bar.dataset.mode = this.mode;
       this.bar.replaceChildren(modes, ...this.pickers(), zoom, el('div', { class: 'hs-take' }, this.copyButton, sheet, facts, metadata));
     }
 
     pickers() {
       const select = (name, words) =>
-        el('label', {}, words,
+        el('label', {}, el('span', {}, words),
           el('select', { 'aria-label': words, onchange: (e) => { this[name] = Number(e.target.value); this.render(); } },
             ...this.tiles.map((t, i) => el('option', { value: i, selected: i === this[name] }, label(t)))));
       if (this.tiles.length < 2) return [];
@@ -169,17 +170,22 @@
       const paint = () => {
         const tile = this.tiles[i];
         const shown = tile.phase === 'done' ? (tile.trail[this.peek[i]] ?? tile.src) : '';
-        node.dataset.phase = tile.phase;
-        frame.setAttribute('aria-label', tile.alt ?? `${label(tile)}: ${tile.phase}`);
-        frame.style.aspectRatio = tile.facts ? `${tile.facts.width} / ${tile.facts.height}` : '1';
+        this.dress(node, frame, tile, i === this.ref);
         setSrc(picture, shown);
         setSrc(other, this.tiles[this.ref]?.src ?? '');
         if (map) this.heat(map, i);
-        fillWait(wait, tile);
+        fillWait(wait, tile, () => this.wants.retry(tile.nearest));
         this.caption(caption, tile, i);
         this.strips(trail, tile, i);
       };
       return { node, paint };
+    }
+
+    dress(node, frame, tile, reference = false) {
+      mark(node, 'data-phase', tile.nearest && tile.phase === 'problem' ? 'unable' : tile.phase);
+      mark(node, 'data-reference', reference && this.tiles.length > 1);
+      mark(frame, 'aria-label', tile.alt ?? `${label(tile)}: ${tile.text || tile.phase}`);
+      mark(frame, 'style', tile.facts && tile.facts.width !== tile.facts.height ? `aspect-ratio: ${tile.facts.width} / ${tile.facts.height}` : null);
     }
 
     pairCard() {
@@ -196,12 +202,10 @@
       const paint = () => {
         const [a, b] = [this.tiles[this.a], this.tiles[this.b]];
         const unready = [a, b].find((t) => t.phase !== 'done');
-        node.dataset.phase = unready?.phase ?? 'done';
-        frame.style.aspectRatio = a.facts ? `${a.facts.width} / ${a.facts.height}` : '1';
-        frame.setAttribute('aria-label', `${label(a)} against ${label(b)}`);
+        this.dress(node, frame, { ...(unready ?? a), alt: `${label(a)} against ${label(b)}` });
         setSrc(under, a.src ?? '');
         setSrc(over, b.src ?? '');
-        fillWait(wait, unready ?? a);
+        fillWait(wait, unready ?? a, () => this.wants.retry(unready.nearest));
         tags[0].textContent = this.mode === 'flip' && this.held ? label(b) : label(a);
         tags[1].textContent = this.mode === 'slider' ? label(b) : '';
         numbers.replaceChildren(...this.numbersBetween(this.a, this.b));
@@ -214,8 +218,9 @@
       const stamp = JSON.stringify([tile.phase, tile.facts?.pixels_sha256, this.mode, this.ref, this.peek[i], Object.keys(this.numbers).length]);
       if (root.dataset.stamp === stamp) return;
       root.dataset.stamp = stamp;
-      const title = el('div', { class: 'hs-title' }, el('b', {}, tile.title), tile.reference ? el('span', { class: 'hs-tag' }, 'reference') : null);
+      const title = el('div', { class: 'hs-title' }, el('b', {}, tile.title));
       const f = tile.facts;
+      if (tile.phase === 'problem') return root.replaceChildren(title);
       if (tile.phase !== 'done') return root.replaceChildren(title, el('p', { class: 'hs-cost' }, plural(tile.asked, 'step')));
       title.append(el('button', { type: 'button', class: 'hs-icon', icon: 'save', title: 'Download PNG', 'aria-label': `Download ${label(tile)} as PNG`,
         onclick: () => hypersd.save(tile) }));
@@ -227,7 +232,7 @@
       const parts = [title, cost, fine];
       if (tile.unread) parts.push(el('p', { class: 'hs-unread' }, unread(tile)));
       if (this.tiles.length > 1 && i !== this.ref) parts.push(el('p', { class: 'hs-numbers' }, ...this.numbersBetween(i, this.ref)));
-      if (this.mode === 'difference' && i === this.ref) parts.push(el('p', { class: 'hs-numbers' }, 'the others are held against this'));
+      if (this.tiles.length > 1 && i === this.ref) parts.push(el('p', { class: 'hs-numbers' }, 'Reference: the others are held against it'));
       root.replaceChildren(...parts);
     }
 
@@ -301,6 +306,9 @@
       const room = this.z - 1;
       this.x = clamp(this.x, -room, 0);
       this.y = clamp(this.y, -room, 0);
+      const where = JSON.stringify([this.z, this.x, this.y, this.cut, this.held, this.built]);
+      if (where === this.where) return; // a page whose styles are touched is laid out anew
+      this.where = where;
       const style = this.stage.style;
       style.setProperty('--z', this.z);
       style.setProperty('--x', `${this.x * 100}%`);
@@ -354,6 +362,7 @@
     }
 
     down(event) {
+      if (event.target.closest('button')) return; // a captured pointer clicks nothing
       event.currentTarget.setPointerCapture(event.pointerId);
       this.fingers.set(event.pointerId, [event.clientX, event.clientY]);
       if (this.mode === 'slider' && this.z === 1 && this.fingers.size === 1) this.slide(event);
@@ -403,6 +412,7 @@
       this.handle = null;
       this.render();
       if (focused) this.bar.querySelector(`[data-mode=${mode}]`)?.focus();
+      this.stage.querySelector('.hs-frame')?.scrollIntoView({ block: 'nearest' });
     }
 
     async copyLink() {
@@ -446,19 +456,33 @@
     if (src) image.src = src;
   }
 
-  function fillWait(root, tile) {
+  function mark(node, name, value) {
+    const text = value === true ? '' : value === false || value == null ? null : String(value);
+    if (node.getAttribute(name) === text) return;
+    if (text == null) node.removeAttribute(name);
+    else node.setAttribute(name, text);
+  }
+
+  // Words in the place of a picture. While it is drawn, one text and one length change, and nothing else.
+  function fillWait(root, tile, retry) {
     const words = {
       waiting: 'waiting',
       loading: 'loading the model',
       drawing: `step ${tile.step} of ${tile.steps}`,
       stopped: 'stopped',
-      problem: tile.text,
+      problem: tile.nearest ? `made for ${tile.allowed.replaceAll('-', '–')} step${tile.allowed === '1' ? '' : 's'}` : tile.text,
       done: '',
     }[tile.phase];
-    if (root.dataset.words === words) return;
-    root.dataset.words = words;
-    root.replaceChildren(el('span', {}, words));
-    if (tile.phase === 'drawing') root.append(el('div', { class: 'hs-meter' }, el('i', { style: `width:${(100 * tile.step) / tile.steps}%` })));
+    if (root.dataset.phase !== tile.phase) {
+      root.dataset.phase = tile.phase;
+      const meter = tile.phase === 'drawing' ? el('div', { class: 'hs-meter' }, el('i')) : null;
+      const other = tile.phase === 'problem' && tile.nearest && retry
+        ? el('button', { type: 'button', class: 'hs-retry', onclick: retry }, `Compare at ${tile.nearest}`) : null;
+      root.replaceChildren(el('span', { title: tile.text || null }), ...[meter, other].filter(Boolean));
+    }
+    const [span, meter] = root.children;
+    if (span.firstChild?.data !== words) span.textContent = words;
+    if (tile.phase === 'drawing') meter.firstChild.style.transform = `scaleX(${tile.step / tile.steps})`;
   }
 
   // Black, violet, orange, pale yellow: lightness rises evenly, so the map also reads without colour.
