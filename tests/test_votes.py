@@ -22,8 +22,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    opened = store(tmp_path / "study.db", clock)
+def kept(ram: Path, clock: Clock) -> Iterator[Store]:
+    opened = store(ram / "study.db", clock)
     yield opened
     opened.close()
 
@@ -94,7 +94,7 @@ def test_a_frozen_study_takes_nothing_more(kept: Store) -> None:
     assert kept.vote(voted, ANN, "left").kind == "saved"
 
 
-def test_withdrawal_leaves_no_trace_but_itself(kept: Store, tmp_path: Path) -> None:
+def test_withdrawal_leaves_no_trace_but_itself(kept: Store, ram: Path) -> None:
     token = people.new_id()
     own = people.annotator_of(people.receipt_of(token))
     first, second = issue(kept, own), issue(kept, own)
@@ -108,7 +108,7 @@ def test_withdrawal_leaves_no_trace_but_itself(kept: Store, tmp_path: Path) -> N
     assert [choice for _, choice in stored(kept)] == ["right"]
     assert kept.vote(first, own, "left").kind == "unknown"
     kept.close()
-    assert first.encode() not in (tmp_path / "study.db").read_bytes(), "not even in free pages"
+    assert first.encode() not in (ram / "study.db").read_bytes(), "not even in free pages"
 
 
 def test_receipts_can_be_typed_and_lead_one_way() -> None:
@@ -208,8 +208,8 @@ def damage(file: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["pages", "header", "text"])
-def test_a_damaged_database_pauses_voting_and_is_kept_aside(how: str, tmp_path: Path, clock: Clock) -> None:
-    file = tmp_path / "study.db"
+def test_a_damaged_database_pauses_voting_and_is_kept_aside(how: str, ram: Path, clock: Clock) -> None:
+    file = ram / "study.db"
     before = store(file, clock)
     asked = issue(before)
     before.close()
@@ -228,18 +228,18 @@ def test_a_damaged_database_pauses_voting_and_is_kept_aside(how: str, tmp_path: 
         with pytest.raises(Problem, match="voting is paused"):
             after.read(lambda c: None)
         after.close()
-    (aside,) = tmp_path.glob("study.db.damaged-*")
+    (aside,) = ram.glob("study.db.damaged-*")
     assert aside.read_bytes() == spoiled
     assert not file.exists()
 
 
-def test_nothing_is_acknowledged_into_a_file_that_was_kept_aside(kept: Store, tmp_path: Path) -> None:
+def test_nothing_is_acknowledged_into_a_file_that_was_kept_aside(kept: Store, ram: Path) -> None:
     asked = issue(kept)
-    (tmp_path / "study.db").rename(tmp_path / "study.db.damaged-1")
+    (ram / "study.db").rename(ram / "study.db.damaged-1")
     for _ in range(2):
         assert kept.vote(asked, ANN, "left").kind == "failed"
     assert "kept aside as study.db.damaged-1" in kept.paused
-    aside = sqlite3.connect(tmp_path / "study.db.damaged-1")
+    aside = sqlite3.connect(ram / "study.db.damaged-1")
     assert aside.execute("select count(*) from vote").fetchone() == (0,)
     aside.close()
 

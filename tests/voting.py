@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hypersd.records import Ballot, Item
+from hypersd.study.ballots import Desk
+from hypersd.study.definition import Study, parse
 from hypersd.study.people import new_id
 from hypersd.study.votes import Store
 
@@ -65,3 +67,51 @@ def issue(into: Store, annotator: str = ANN, **changes: Any) -> str:
     one = Ballot(**{**one.__dict__, **changes})
     into.issue(one)
     return one.id
+
+
+ARMS, PROMPTS = ("base@8", "base@4", "lcm@4"), ("a cat", "a dog", "a sun", "a car")
+
+
+def definition(**changes: Any) -> dict[str, Any]:
+    """A small study as a YAML file would give it."""
+    given: dict[str, Any] = {
+        "name": "small",
+        "consent": "We keep your choices.",
+        "licence": "CC0-1.0",
+        "prompts": list(PROMPTS),
+        "seeds": [1, 2],
+        "arms": list(ARMS),
+        "anchor": "base@8",
+        "pairs": "all",
+        "gold": [["base@8", "base@1"]],
+        "ballots": 20,
+        "votes_per_pair": 1000,
+        "practice": 2,
+        "shares": {"gold": 0.0, "repeat": 0.0, "uniform": 0.25},
+        "attributes": ["alignment", "artefacts"],
+        "reveal": "end",
+        "minimum_dwell_ms": 0,
+        "ballot_minutes": 30,
+        "limits": {"annotator_per_minute": 1000, "annotator_per_day": 10_000, "network_per_minute": 10_000},
+    }
+    return {**given, **changes}
+
+
+def pool(study: Study) -> list[Item]:
+    """An item for each arm, prompt and seed that a study names."""
+    arms = [arm.split("@") for arm in study.drawn_arms()]
+    return [
+        item(method, int(steps), prompt, seed=seed, noise_sha256=f"{seed:064x}")
+        for method, steps in arms
+        for prompt in study.prompts
+        for seed in study.seeds
+    ]
+
+
+def desk(address: Path | str, clock: Clock | None = None, annotator: str = ANN, **changes: Any) -> Desk:
+    """A desk whose pool is full, and which one annotator has consented to."""
+    opened, study = Store(address, clock=clock or Clock()), parse(definition(**changes))
+    opened.add_items(pool(study))
+    made = Desk(opened, study, seed=1)
+    made.consent(annotator)
+    return made
