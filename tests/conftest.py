@@ -25,7 +25,7 @@ def tiny_backbone(tiny_folder: Path) -> Backbone:
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is such a thing: a thousand commits take a second there, a minute on a busy disk."""
+    """A folder in memory where there is such a thing: a busy disk takes a minute for a thousand commits."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
