@@ -163,3 +163,18 @@ def cycles(table: Table) -> tuple[int, int]:
             all_ += 1
             found += bool(beats[i, j] == beats[j, k] == beats[k, i])
     return found, all_
+
+
+def ceiling(table: Table) -> tuple[float | None, int]:
+    """How often one annotator's left or right agrees with the majority of the others on that pair, an even split half.
+
+    No model that reads the pictures only can be expected to agree with people more often. None, 0 without such votes.
+    """
+    kept = table.where(table.compares & (table.choice < TIE))
+    answers = np.where(kept.swapped, 1 - kept.choice, kept.choice)
+    units = np.zeros((int(kept.unit.max(initial=-1)) + 1, 2))
+    np.add.at(units, (kept.unit, answers), 1.0)
+    same, other = units[kept.unit, answers] - 1, units[kept.unit, 1 - answers]
+    judged = same + other > 0
+    agrees = np.where(same > other, 1.0, np.where(same == other, 0.5, 0.0))[judged]
+    return (float(agrees.mean()) if len(agrees) else None), len(agrees)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from hypersd.records import CHOICES
+from hypersd.records import CHOICES, Item
 from hypersd.study.ballots import items_of
 from hypersd.study.definition import Study
 from hypersd.study.schema import ballot, vote
@@ -70,12 +71,18 @@ class Table:
 
 def read(store: Store, study: Study) -> Table:
     """The votes of a study that were not taken back. Raises Problem."""
-    items = items_of(store)
+    return tabulate(fetch(store, study), items_of(store), study)
+
+
+def fetch(store: Store, study: Study) -> list[Any]:
+    """The rows that a table is made of, with the columns of their ballots and votes, in the same order."""
+    return store.read(lambda c: list(c.execute(_query(study.sha256))))
+
+
+def tabulate(rows: list[Any], items: Mapping[str, Item], study: Study) -> Table:
     arms = study.drawn_arms()
-    place = {name: arms.index(one.arm) for name, one in items.items() if one.arm in arms}
     number = {name: n for n, name in enumerate(items)}
-    found = store.read(lambda c: list(c.execute(_query(study.sha256))))
-    rows = [row for row in found if row.left in place and row.right in place and row.prompt in study.prompts]
+    place = {name: arms.index(items[name].arm) for name in {row.left for row in rows} | {row.right for row in rows}}
     annotators = tuple(dict.fromkeys(row.annotator for row in rows))
     who, text = ({name: n for n, name in enumerate(names)} for names in (annotators, study.prompts))
     at = {row.id: n for n, row in enumerate(rows)}
@@ -100,8 +107,9 @@ def read(store: Store, study: Study) -> Table:
 
 def _query(study_sha: str) -> sa.Select[Any]:
     """Counted votes with their ballots. Ordered by what every copy of the database agrees on."""
-    of_ballot = ("id", "annotator", "prompt", "left", "right", "issued_us", "expected", "repeat_of")
-    columns = [*(ballot.c[name] for name in of_ballot), vote.c.choice, vote.c.dwell_ms, vote.c.at_us]
+    of_ballot = ("id", "annotator", "prompt", "left", "right", "propensity", "issued_us", "expected", "repeat_of")
+    of_vote = ("choice", "attributes", "dwell_ms", "at_us")
+    columns = [*(ballot.c[name] for name in of_ballot), *(vote.c[name] for name in of_vote)]
     rows = sa.select(*columns).join(vote, vote.c.ballot == ballot.c.id)
     return rows.where(ballot.c.study == study_sha, ~is_undone()).order_by(vote.c.at_us, ballot.c.id)
 
