@@ -1,4 +1,4 @@
-"""python -m hypersd {draw, methods, bench, emoji}: parse, call, turn a wrong input into one sentence.
+"""python -m hypersd {draw, methods, bench, emoji, study}: parse, call, turn a wrong input into one sentence.
 
 A command is one row in COMMANDS: its help line, a function that adds its arguments, a function that runs it. What a
 command needs is imported when it runs, so that `--help` answers at once.
@@ -108,11 +108,25 @@ def bench_command(given: argparse.Namespace) -> None:
         print(f"{name:<32} {value:8.3f}")
 
 
+def study_arguments(parser: argparse.ArgumentParser) -> None:
+    from hypersd.study import command
+
+    command.add_arguments(parser)
+
+
+def study_command(given: argparse.Namespace) -> None:
+    from hypersd.study import command
+
+    for line in command.run(given):
+        print(line)
+
+
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
+    "study": Command("look after the blind study", study_arguments, study_command),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Clock:
 
 def item(method: str = "base", steps: int = 4, prompt: str = "a cat", **changes: Any) -> Item:
     fields: dict[str, Any] = {
-        "image_sha256": f"{abs(hash((method, steps, prompt))) % 16**12:064x}",
+        "image_sha256": hashlib.sha256(f"{method} {steps} {prompt}".encode()).hexdigest(),
         "prompt": prompt,
         "method": method,
         "base_sha256": "1" * 64,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from hypersd.records import CHOICES, Ballot
+from hypersd.records import CHOICES, Ballot, Item, Problem
 from hypersd.study import ratings
 from hypersd.study.ballots import Desk, Wait
+from hypersd.study.definition import Limits, Study
 from hypersd.study.people import annotator_of, new_id, receipt_of
 from hypersd.study.ratings import Array, softmax
 from hypersd.study.table import Ints, Table
+from hypersd.study.votes import Store, now_us
 
 Rng = np.random.Generator
 
@@ -126,3 +130,73 @@ def _vote_once(
     chances = truth.chances(left, right) if spam is None else spam[None]
     choice = CHOICES[int(draw(chances, rng)[0])]
     return desk.answer(asked.id, annotator, choice, dwell_ms=int(rng.integers(1500, 9000))).kind == "saved"
+
+
+# A rehearsal
+
+
+def twin(study: Study) -> Study:
+    """The same study under a name that says it is none, without the guards that keep people from hurrying."""
+    limits = Limits(annotator_per_minute=10**6, annotator_per_day=10**6, network_per_minute=10**6)
+    return replace(study, name=f"simulated: {study.name}", limits=limits)
+
+
+def rehearse(address: str | Path, study: Study, images: Path, annotators: int, spammers: float, seed: int) -> int:
+    """Fill a database with a study's simulated twin, and a folder with plain squares for pictures; the votes stored.
+
+    Arms are the better the earlier they are named, those of gold pairs alone far worse.
+    """
+    store = Store(address, clock=_Steady(now_us()))
+    if store.paused:
+        raise Problem(store.paused)
+    arms = study.drawn_arms()
+    places = [(arm, prompt, noise) for arm in arms for prompt in study.prompts for noise in study.seeds]
+    images.mkdir(parents=True, exist_ok=True)
+    store.add_items([_square(images, *place) for place in places])
+    theta = tuple(-0.4 * k if k < len(study.arms) else -3.0 for k in range(len(arms)))
+    desk = Desk(store, study, seed=seed)
+    stored = vote(desk, Truth(theta, bad=0.03, spammers=spammers), annotators, np.random.default_rng(seed))
+    store.close()
+    return stored
+
+
+class _Steady:
+    """Microseconds from a beginning on: three seconds pass with every look, so that nobody seems to hurry."""
+
+    def __init__(self, now: int) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        self.now += 3_000_000
+        return self.now
+
+
+def _square(folder: Path, arm: str, prompt: str, seed: int) -> Item:
+    """A picture of one colour, in the folder, as an item of this arm, prompt and noise."""
+    from PIL import Image
+
+    name = hashlib.sha256(f"{arm} {prompt} {seed}".encode())
+    picture = Image.new("RGB", (16, 16), tuple(name.digest()[:3]))
+    sha = hashlib.sha256(picture.tobytes()).hexdigest()
+    picture.save(folder / f"{sha}.png")
+    method, _, steps = arm.partition("@")
+    none = "0" * 64
+    return Item(
+        image_sha256=sha,
+        prompt=prompt,
+        method=method,
+        base_sha256=none,
+        adapter_sha256=None,
+        sampler="simulated",
+        config_sha256=none,
+        steps=int(steps),
+        nfe=int(steps),
+        guidance=1.0,
+        eta=0.0,
+        seed=seed,
+        noise_sha256=hashlib.sha256(str(seed).encode()).hexdigest(),
+        width=16,
+        height=16,
+        dtype="uint8",
+        seconds=0.0,
+    )
