@@ -245,6 +245,19 @@ def test_a_ballot_names_the_chance_that_it_had(ram: Path) -> None:
     assert inverse.std() > 1, "the pairs' chances differ"
 
 
+def test_arms_are_told_at_the_end_or_never(ram: Path) -> None:
+    at = desk(ram / "x.db", ballots=3)
+    at.answer(ballot(at).id, ANN, "left")
+    assert at.reveal(ANN) == [], "the session goes on"
+    asked = vote_all(at, lambda b: "tie")
+    told = at.reveal(ANN)
+    assert [one.choice for one in told] == ["left", "tie", "tie"]
+    assert (told[-1].left, told[-1].right) == (at.items[asked[-1].left].arm, at.items[asked[-1].right].arm)
+    silent = desk(ram / "y.db", ballots=3, reveal="never")
+    vote_all(silent, lambda b: "tie")
+    assert silent.reveal(ANN) == []
+
+
 def ballot(at: Desk) -> Ballot:
     asked = at.next(ANN)
     assert isinstance(asked, Ballot), asked

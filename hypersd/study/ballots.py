@@ -46,6 +46,16 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Revealed:
+    """A vote with the arms that it was about."""
+
+    prompt: str
+    left: str
+    right: str
+    choice: str
+
+
+@dataclass(frozen=True)
 class Wait:
     """No ballot now; `seconds` is 0 when there will be none."""
 
@@ -145,6 +155,16 @@ class Desk:
         twice = [(counted[b.repeat_of], a) for a in counted.values() if (b := a.ballot).repeat_of in counted]
         agreed = sum(mirrored(first.choice) == second.choice for first, second in twice)
         return Progress(len(counted), self.study.ballots, len(twice), agreed)
+
+    def reveal(self, annotator: str) -> list[Revealed]:
+        """What was compared, once this annotator's session is over and if the study tells at all; else nothing."""
+        counted = [asked for asked in self.history(annotator) if asked.counts and not asked.ballot.is_gold]
+        if self.study.reveal != "end" or self.progress(annotator).votes < self.study.ballots:
+            return []
+        return [
+            Revealed(a.ballot.prompt, self.items[a.ballot.left].arm, self.items[a.ballot.right].arm, a.choice or "")
+            for a in counted
+        ]
 
     def history(self, annotator: str) -> list[Asked]:
         """What this annotator was asked, oldest first."""

@@ -105,7 +105,7 @@ class Store:
         now = self.clock()
         row: dict[str, Any] = {
             "choice": choice,
-            "attributes": json.dumps(dict(attributes or {})),
+            "attributes": json.dumps(dict(attributes or {}), sort_keys=True),
             "zoomed": int(zoomed),
         }
         row |= {"dwell_ms": min(max(int(dwell_ms), 0), DWELL_MAX_MS), "at_us": now}
