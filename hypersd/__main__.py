@@ -1,4 +1,4 @@
-"""python -m hypersd {draw, methods, distill, bench, emoji}: parse, call, turn a wrong input into one sentence.
+"""python -m hypersd {draw, methods, distill, bench, emoji, study}: parse, call, turn a wrong input into one sentence.
 
 A command is one row in COMMANDS: its help line, a function that adds its arguments, a function that runs it. What a
 command needs is imported when it runs, so that `--help` answers at once.
@@ -180,12 +180,26 @@ def _opener(data: str | None, runs: Path) -> Callable[[Backbone], distill.Data]:
     return lambda backbone: prepare(open_source(data), backbone, runs / "data")
 
 
+def study_arguments(parser: argparse.ArgumentParser) -> None:
+    from hypersd.study import command
+
+    command.add_arguments(parser)
+
+
+def study_command(given: argparse.Namespace) -> None:
+    from hypersd.study import command
+
+    for line in command.run(given):
+        print(line)
+
+
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
+    "study": Command("look after the blind study", study_arguments, study_command),
 }
 
 

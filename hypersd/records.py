@@ -1,7 +1,8 @@
 """The nouns that travel: a Request goes in, a Panel comes out. Frozen, standard library only.
 
 A `Request` is what a person asked for and is the same for every method; a `Panel` is one answer to it: the pixels
-and everything needed to draw them again.
+and everything needed to draw them again. In the study a picture is an `Item`, a question about two of them a `Ballot`,
+the answer a `Vote`; what votes say about two pictures is a `Pair`.
 """
 
 from __future__ import annotations
@@ -124,9 +125,127 @@ class Adapter:
     scale: float = 1.0
 
 
+CHOICES = ("left", "right", "tie", "both_bad")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the study, without its pixels: `image_sha256` names those, the rest says how they were drawn.
+
+    `config_sha256` is of everything that defines the sampler beside its name; `seconds` is wall time. `prompt` is what
+    both pictures of a ballot share, and with it `seed` and `noise_sha256`.
+    """
+
+    image_sha256: str
+    prompt: str
+    method: str
+    base_sha256: str
+    adapter_sha256: str | None
+    sampler: str
+    config_sha256: str
+    steps: int
+    nfe: int
+    guidance: float
+    eta: float
+    seed: int
+    noise_sha256: str
+    width: int
+    height: int
+    dtype: str
+    seconds: float
+
+    @classmethod
+    def of(cls, panel: Panel) -> Item:
+        """The picture of a panel; its sampler is defined by these five fields."""
+        kept = ("sampler", "steps", "eta", "negative_prompt", "version")
+        config = {name: getattr(panel, name) for name in kept}
+        made: dict[str, Any] = {"image_sha256": panel.pixels_sha256, "config_sha256": _sha256(config)}
+        return cls(**made, **{f.name: getattr(panel, f.name) for f in fields(cls) if f.name not in made})
+
+    @property
+    def arm(self) -> str:
+        """What the study compares: a method at a step count, such as "tcd@4"."""
+        return f"{self.method}@{self.steps}"
+
+    @property
+    def id(self) -> str:
+        """sha256 of every field but the seconds, which differ from one drawing of the same picture to the next."""
+        return _sha256({**asdict(self), "guidance": float(self.guidance), "eta": float(self.eta), "seconds": None})
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One question to one annotator: which of two pictures? Issued by the server, answered at most once, expires.
+
+    `id` is 128 random bits in hex; `left` and `right` are ids of items; times are UTC microseconds. `propensity` is
+    the probability with which this pair, this way round, was chosen. `expected` is the answer of a gold ballot, which
+    is known; `repeat_of` the ballot that asked the same with the sides swapped.
+    """
+
+    id: str
+    study: str
+    annotator: str
+    prompt: str
+    left: str
+    right: str
+    propensity: float
+    issued_us: int
+    expires_us: int
+    expected: str | None = None
+    repeat_of: str | None = None
+
+    @property
+    def is_gold(self) -> bool:
+        return self.expected is not None
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The answer to a ballot: one of CHOICES, and how long the pictures were looked at.
+
+    `attributes` are (name, "left" | "right" | "tie") in the study's order, empty where the annotator gave none.
+    """
+
+    ballot: str
+    choice: str
+    dwell_ms: int
+    zoomed: bool
+    at_us: int
+    attributes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What all counted votes on two pictures of one prompt say together; a reward model learns from these.
+
+    `margin` is (votes for - votes against) / `n_votes` in [0, 1], ties being votes for neither; both_bad is no vote
+    here. `split` is "train", "validation" or "test", by prompt.
+    """
+
+    prompt: str
+    chosen: Item
+    rejected: Item
+    votes_for: int
+    votes_against: int
+    ties: int
+    split: str
+
+    @property
+    def n_votes(self) -> int:
+        return self.votes_for + self.votes_against + self.ties
+
+    @property
+    def margin(self) -> float:
+        return (self.votes_for - self.votes_against) / self.n_votes
+
+
 def digest(record: Request) -> str:
     """sha256 of a record's canonical JSON: equal questions have equal digests on every machine."""
-    return hashlib.sha256(json.dumps(asdict(record), sort_keys=True).encode()).hexdigest()
+    return _sha256(asdict(record))
+
+
+def _sha256(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def clean_prompt(text: object, name: str = "prompt", *, empty: bool = False) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
+from voting import in_memory
 
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
@@ -27,3 +28,10 @@ def tiny_backbone(tiny_folder: Path) -> Backbone:
 def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence[AdapterFile]:
     """A small random LoRA for every stage of every method, made for the tiny model."""
     return tiny.adapters(tiny_folder, tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is such a thing: a busy disk takes a minute for a thousand commits."""
+    with in_memory(tmp_path) as folder:
+        yield folder

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import panel
 
-from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Request, clean_prompt, digest
+from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Item, Pair, Request, clean_prompt, digest
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,28 @@ def test_a_panel_names_its_pixels_by_their_hash() -> None:
     assert "pixels" not in provenance
     assert provenance["pixels_sha256"] == hashlib.sha256(drawn.pixels).hexdigest()
     assert len(repr(drawn)) < 200
+
+
+def test_an_item_is_its_panel_without_the_pixels() -> None:
+    item = Item.of(panel(method="tcd", steps=4))
+    assert (item.arm, item.image_sha256, item.seed) == ("tcd@4", panel().pixels_sha256, 1)
+    assert item == Item.of(panel(method="tcd", steps=4, pixels=bytearray(panel().pixels)))
+
+
+def test_items_are_told_apart_by_everything_but_their_seconds() -> None:
+    item = Item.of(panel())
+    assert item.id == Item.of(panel(seconds=99.0, guidance=4)).id
+    changes: dict[str, Any] = {
+        "eta": 1.0,
+        "seed": 2,
+        "adapter_sha256": "2" * 64,
+        "version": "9",
+        "negative_prompt": "x",
+    }
+    assert len({item.id, *(Item.of(panel(**{name: value})).id for name, value in changes.items())}) == 6
+
+
+def test_the_margin_of_a_pair_counts_ties_for_neither() -> None:
+    item = Item.of(panel())
+    pair = Pair("a cat", item, item, votes_for=5, votes_against=2, ties=3, split="train")
+    assert (pair.n_votes, pair.margin) == (10, 0.3)
