@@ -15,15 +15,16 @@ from listing import ROOT, sources
 # The reading order. A new module gets a word in the highest row that lets it import what it needs.
 ROWS = [
     "records",
-    "pictures schedule metrics",
+    "pictures schedule metrics quality intervals",
     "solvers",
     "checkpoint data",
     "train",
     "backbone roles",
     "methods",
     "generate sweep",
-    "evaluate bench hosting",
+    "bench hosting",
     "emoji",
+    "evaluate",
     "study",
     "feedback",
     "engine",
