@@ -179,7 +179,7 @@ def nearest(points: Tensor, others: Tensor, *, itself: bool = True, batch: int =
 
 def feature_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - cosine of features [..., d], float64 [...]."""
-    return 1 - F.cosine_similarity(a.double(), b.double(), dim=-1)
+    return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).clamp(min=0)  # equal ones: not -1e-16
 
 
 def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
