@@ -159,9 +159,9 @@ def test_it_climbs_from_real_pictures_to_one_step(climbed: Path) -> None:
     content: dict[str, Any] = json.loads((climbed / "ladder.json").read_text(encoding="utf-8"))
     assert set(content["metrics"]) == set(METRICS)
     steps = content["metrics"]["kernel_distance"]["series"][ladder.STEPS]
-    assert list(steps["values"]) == ["real", "autoencoder", "5 steps", "3 steps", "2 steps", "1 steps"]
+    assert list(steps["values"]) == ["real", "autoencoder", "5 steps", "3 steps", "2 steps", "1 step"]
     alone = content["metrics"]["teacher_feature"]["series"][ladder.STEPS]["values"]
-    assert list(alone) == ["5 steps", "3 steps", "2 steps", "1 steps"] and alone["5 steps"] == pytest.approx(0)
+    assert list(alone) == ["5 steps", "3 steps", "2 steps", "1 step"] and alone["5 steps"] == pytest.approx(0)
     for name, series in (("sharpness", ladder.BLUR), ("diversity", ladder.COLLAPSE)):
         found = content["metrics"][name]["series"][series]
         assert found["holds"], (name, found)

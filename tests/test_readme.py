@@ -25,6 +25,7 @@ EXAMPLES = {
     for line in SHELL
     if "hypersd" in (words := shlex.split(line, comments=True)) and "-m" in words
 }
+LONG = ("emoji", "evaluate", "bench")  # minutes to days; their own tests run them on tiny models
 LINKS = re.findall(r"!?\[[^]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"", PROSE)
 
 
@@ -71,7 +72,7 @@ def test_commands_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(not (ROOT / "assets/emoji-sd").exists(), reason="the embedded model is not in assets yet")
-@pytest.mark.parametrize("arguments", [words for words in EXAMPLES.values() if words[0] != "emoji"], ids=" ".join)
+@pytest.mark.parametrize("arguments", [words for words in EXAMPLES.values() if words[0] not in LONG], ids=" ".join)
 def test_quick_commands_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 0

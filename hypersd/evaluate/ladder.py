@@ -181,7 +181,7 @@ def series(wanted: Plan, folder: Path, backbone: Backbone, yard: Yardstick) -> d
         STEPS: [
             rung("real", real),
             rung("autoencoder", reconstructed(backbone, real)),
-            *(rung(f"{steps} steps", pixels, with_teacher) for steps, pixels in teacher.items()),
+            *(rung(f"{steps} step{'s' * (steps != 1)}", pixels, with_teacher) for steps, pixels in teacher.items()),
         ],
         BLUR: [rung(f"{sigma:g} px", blurred(real, sigma)) for sigma in BLURS],
         NOISE: [rung(f"{sd:g} levels", noisy(real, sd)) for sd in NOISES],
