@@ -1,4 +1,4 @@
-"""python -m hypersd {draw, methods, distill, bench, emoji, study}: parse, call, turn a wrong input into one sentence.
+"""python -m hypersd COMMAND: parse, call, turn a wrong input into one sentence.
 
 A command is one row in COMMANDS: its help line, a function that adds its arguments, a function that runs it. What a
 command needs is imported when it runs, so that `--help` answers at once.
@@ -103,15 +103,65 @@ def emoji_command(given: argparse.Namespace) -> None:
     import_module(f"hypersd.emoji.{given.part}").make(Path(given.runs), minutes=given.minutes)
 
 
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--sets", help="frozen prompt sets, with commas (default: all four)")
+    parser.add_argument("--prompts", help="a text file instead, one prompt a line")
+    parser.add_argument("--methods", help="methods, with commas (default: all)")
+    parser.add_argument("--steps", default="1,2,4,8", help="step counts (default: %(default)s)")
+    parser.add_argument("--teacher-steps", help="of the base model, the last one is compared with (default: 25,50)")
+    parser.add_argument("--seeds", help="drawings of each prompt (default: 4)")
+    parser.add_argument("--limit", help="at most so many prompts a set, spread evenly (default: all)")
+    parser.add_argument("--metrics", help="metrics, with commas (default: all)")
+    parser.add_argument("--artwork", default="runs/emoji/artwork", help="the real pictures (default: %(default)s)")
+    parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick or -ladder)")
+    parser.add_argument("--quick", action="store_true", help="6 prompts a set, 2 drawings, teacher of 25 steps")
+    parser.add_argument("--ladder", action="store_true", help="ask which metrics can be believed, of the base model")
+
+
+def evaluate_command(given: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    if given.backbone != "emoji" and not (given.sets or given.prompts or given.ladder):
+        raise InputError(f"{given.backbone[:80]} has no prompts of its own; give --prompts FILE or --sets")
+    from hypersd import evaluate
+    from hypersd.evaluate import ladder, plan
+
+    kind = "-ladder" if given.ladder else "-quick" if given.quick else ""
+    out, artwork = Path(given.out or f"runs/evaluate{kind}"), Path(given.artwork)
+    if given.ladder:
+        limit, seeds = given.limit or (12 if given.quick else 60), given.seeds or 2
+        page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds)
+    else:
+        wanted = plan.make(
+            sets=given.sets,
+            file=given.prompts,
+            methods=given.methods,
+            steps=given.steps,
+            teacher_steps=given.teacher_steps or ("25" if given.quick else plan.TEACHER_STEPS),
+            seeds=given.seeds or (2 if given.quick else 4),
+            limit=given.limit or (plan.QUICK if given.quick else None),
+        )
+        metrics = evaluate.chosen(given.metrics, quick=given.quick)
+        page = evaluate.run(wanted, given.backbone, out, metrics, artwork)
+    if page:
+        print(page)
+
+
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
+    parser.add_argument("--out", default="runs/bench", help="folder of bench.json and its plot (default: %(default)s)")
 
 
 def bench_command(given: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from hypersd import bench
 
-    for name, value in bench.run(given.backbone).items():
-        print(f"{name:<32} {value:8.3f}")
+    content = bench.run(given.backbone, given.rounds)
+    bench.write(Path(given.out), content)
+    print(bench.table(content))
 
 
 def distill_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +247,7 @@ COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
+    "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
     "study": Command("look after the blind study", study_arguments, study_command),

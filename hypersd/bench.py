@@ -1,67 +1,293 @@
-"""How fast it is, in ratios: `python -m hypersd bench`. Everything interleaved in one process, medians of rounds.
+"""How fast it is, in ratios: `python -m hypersd bench`. One process, all work in turn, forth and back.
 
-The limit of a drawing is its bare network calls and one decoding; what a Panel takes beyond that is ours to answer for.
-Timings vary between machines and minutes, so quote the ratios.
+The limit of a drawing is its bare network calls and one decoding: what a picture takes beyond that is ours to answer
+for. The other yardstick is diffusers' own pipeline on the same weights. Timings vary between machines and minutes, so
+quote the ratios: medians over rounds, with 95 % intervals over rounds.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import platform
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from hypersd import intervals
 from hypersd.backbone import Backbone
 from hypersd.generate import draw
-from hypersd.methods import find
-from hypersd.records import Request
+from hypersd.methods import METHODS, Method, find
+from hypersd.records import InputError, Request, whole_number
+
+PROMPT, SEED = "a happy cat", 1
+STEPS = (1, 4, 25)  # of the base model; other methods at those of these that they allow
+TOGETHER = 4  # panels of a comparison, 4 steps each
+SIDE = 512  # of the matrix product that says what the processor can do
 
 
-def run(name: str, rounds: int = 7) -> dict[str, float]:
-    """Seconds of each kind of work on backbone `name`, and the ratios that matter. Medians over `rounds`."""
+class Row(NamedTuple):
+    """One ratio: what takes how many times as long as what. `good` says which side of 1 is the better one."""
+
+    name: str
+    title: str
+    over: Sequence[str]
+    under: Sequence[str]
+    good: str
+
+
+def run(name: str, rounds: object = 15, *, start_up: bool = True) -> dict[str, Any]:
+    """Everything that is measured of backbone `name`, ready for JSON. `start_up` costs three new processes.
+
+    Raises:
+        InputError: rounds is no whole number from 3 to 1,000, or the library that plots is not installed.
+        ModelError: the backbone cannot be loaded.
+    """
+    need("matplotlib")
+    rounds = whole_number(rounds, "rounds", 3, 1000)
     started = time.perf_counter()
     backbone = Backbone.load(name)
-    figures = {"load_seconds": time.perf_counter() - started}
+    once = {"load": time.perf_counter() - started}
     started = time.perf_counter()
-    draw(backbone, Request("a happy cat", 1, 25), find("base"))
-    figures["first_picture_seconds"] = time.perf_counter() - started
-    work = _work(backbone)
+    draw(backbone, Request(PROMPT, SEED, STEPS[-1]), find("base"))
+    once["first picture"] = time.perf_counter() - started
+    if start_up:
+        once["command that draws one step"] = statistics.median(_start_up(name) for _ in range(3))
+    speed = gigaflops()
+    work, rows = _work(backbone)
+    taken = in_turn(work, rounds)
+    return {
+        "machine": {**machine(), "gigaflops": [speed, gigaflops()]},
+        "backbone": backbone.name,
+        "base_sha256": backbone.sha256,
+        "rounds": rounds,
+        "once_seconds": once,
+        "median_seconds": {label: statistics.median(values) for label, values in taken.items()},
+        "ratios": {row.name: {"title": row.title, "good": row.good, **_ratio(row, taken)} for row in rows},
+        "peak_memory_gb": _peak_bytes() / 1e9,
+    }
+
+
+def in_turn(work: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each kind of work in each round, after one round that does not count. Work is told the round."""
+    for call in work.values():
+        call(-1)
     taken: dict[str, list[float]] = {label: [] for label in work}
-    for _ in tqdm(range(rounds), desc="bench", unit="round"):
-        for label, call in work.items():
-            started = time.perf_counter()
-            call()
-            taken[label].append(time.perf_counter() - started)
-    figures |= {label: statistics.median(values) for label, values in taken.items()}
-    for steps in (1, 25):
-        limit = steps * figures["network_call_guided_seconds"] + figures["decode_seconds"]
-        figures[f"picture_{steps}_steps_over_limit"] = figures[f"picture_{steps}_steps_seconds"] / limit
-    figures["one_step_over_25_steps"] = figures["picture_1_steps_seconds"] / figures["picture_25_steps_seconds"]
-    figures["peak_memory_gb"] = _peak_bytes() / 1e9
-    return figures
+    for label in tqdm(intervals.abba(list(work), rounds), desc="bench", unit="timing"):
+        number = len(taken[label])
+        started = time.perf_counter()
+        work[label](number)
+        taken[label].append(time.perf_counter() - started)
+    return taken
 
 
-def _work(backbone: Backbone) -> dict[str, Callable[[], Any]]:
-    x, _ = backbone.noise(1)
-    states = backbone.embed(["", "a happy cat"])
+def _ratio(row: Row, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Several kinds of work on one side are added up round by round."""
+    over, under = ([sum(parts) for parts in zip(*(taken[label] for label in side), strict=True)]
+                   for side in (row.over, row.under))  # fmt: skip
+    found = intervals.ratio(over, under)
+    return {"value": found.value, "low": found.low, "high": found.high}
 
-    @torch.inference_mode()
-    def call() -> None:
-        backbone.predict(torch.cat([x, x]), 500, states)
+
+# ------------------------------------------------------------------------------------------------ what is timed
+
+
+def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row]]:
+    work, rows = _bare(backbone), []
+    for method in METHODS.values():
+        for steps in STEPS:
+            if steps in method.steps:
+                label = f"{method.name}, {steps} steps"
+                work[label] = _picture(backbone, method, steps)
+                limit = [_bare_call(method)] * steps + ["decoding"]
+                rows.append(Row(f"{method.name}-{steps}-limit", f"{label} / network + decoder", [label], limit, "1"))
+    stock = _stock(backbone)
+    for steps in (1, 4):
+        ours, theirs = f"new prompt, {steps} steps", f"diffusers, {steps} steps"
+        work[ours] = _picture(backbone, find("base"), steps, new=True)
+        work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
+        rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [ours], "more"))
+    rows += _side_by_side(backbone, stock, work)
+    return work, rows
+
+
+def _bare(backbone: Backbone) -> dict[str, Callable[[int], Any]]:
+    x, _ = backbone.noise(SEED)
+    one, two = backbone.embed([PROMPT]), backbone.embed(["", PROMPT])
+
+    def call(x: torch.Tensor, states: torch.Tensor) -> Callable[[int], Any]:
+        @torch.inference_mode()
+        def work(_number: int) -> None:
+            backbone.predict(x, 500, states)
+
+        return work
 
     return {
-        "network_call_guided_seconds": call,
-        "decode_seconds": lambda: backbone.decode(x),
-        "picture_1_steps_seconds": lambda: draw(backbone, Request("a happy cat", 1, 1), find("base")),
-        "picture_25_steps_seconds": lambda: draw(backbone, Request("a happy cat", 1, 25), find("base")),
+        "network call": call(x, one),
+        "network call, guided": call(torch.cat([x, x]), two),
+        "decoding": lambda _number: backbone.decode(x),
     }
+
+
+def _bare_call(method: Method) -> str:
+    return "network call, guided" if method.guidance > 1 else "network call"
+
+
+def _picture(backbone: Backbone, method: Method, steps: int, *, new: bool = False) -> Callable[[int], Any]:
+    """One drawing; with `new` of a prompt that was never read before, else of one whose states are remembered."""
+    return lambda number: draw(backbone, Request(f"{PROMPT} {number}" if new else PROMPT, SEED, steps), method)
+
+
+def _side_by_side(
+    backbone: Backbone, stock: Callable[[int, int, float], Any], work: dict[str, Callable[[int], Any]]
+) -> list[Row]:
+    """Four few-step methods at 4 steps against as many stock pipelines without any adapter; none if there are fewer."""
+    methods = [method for method in METHODS.values() if method.name != "base" and 4 in method.steps][:TOGETHER]
+    if len(methods) < TOGETHER:
+        return []
+    pictures = [_picture(backbone, method, 4, new=True) for method in methods]
+    guidances = [method.guidance for method in methods]
+    work["four methods"] = lambda number: [picture(number) for picture in pictures]
+    work["four pipelines"] = lambda number: [stock(number, 4, guidance) for guidance in guidances]
+    return [
+        Row("stock-together", "four pipelines / four methods, 4 steps", ["four pipelines"], ["four methods"], "more")
+    ]
+
+
+def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:
+    """diffusers' pipeline on the same weights, precision and steps, as its documentation calls it."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=backbone.vae,
+        text_encoder=backbone.text_encoder,
+        tokenizer=backbone.tokenizer,
+        unet=backbone.unet,
+        scheduler=DDIMScheduler.from_pretrained(
+            backbone.folder, subfolder="scheduler", timestep_spacing="trailing", clip_sample=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call(number: int, steps: int, guidance: float) -> Any:
+        generator = torch.Generator().manual_seed(SEED)
+        return pipeline(
+            f"{PROMPT} {number}", num_inference_steps=steps, guidance_scale=guidance, generator=generator
+        ).images[0]
+
+    return call
+
+
+def _start_up(name: str) -> float:
+    """Seconds from an empty shell to one picture on disk."""
+    command = [sys.executable, "-m", "hypersd", "draw", "--prompt", PROMPT, "--steps", "1", "--backbone", name]
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        done = subprocess.run([*command, "--out", f"{folder}/x.png"], capture_output=True, text=True, check=False)
+        taken = time.perf_counter() - started
+    if done.returncode:
+        raise InputError(f"the command that draws one picture failed: {done.stderr.strip()[-200:]}")
+    return taken
+
+
+# -------------------------------------------------------------------------------------------------- the machine
+
+
+def machine() -> dict[str, Any]:
+    """What the timings were taken on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def gigaflops(repeats: int = 20) -> float:
+    """What a product of two matrices reaches here, in GFLOP/s: whether the machine was the same before and after."""
+    a, b = torch.ones(2, SIDE, SIDE)
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        taken.append(time.perf_counter() - started)
+    return 2 * SIDE**3 / statistics.median(taken) / 1e9
 
 
 def _peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+# -------------------------------------------------------------------------------------------------- for people
+
+
+def need(*libraries: str) -> None:
+    """InputError now and not at the end of a long run, if a library that writes the results is not installed."""
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise InputError(f"{library} is not installed; install it with: pip install -e '.[evaluate]'")
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The ratios and seconds as lines of text."""
+    lines = [f"{row['title']:<48} {row['value']:6.2f}  [{row['low']:.2f}, {row['high']:.2f}]"
+             for row in content["ratios"].values()]  # fmt: skip
+    seconds = {**content["once_seconds"], **content["median_seconds"]}
+    lines += [f"{label:<48} {value:8.3f} s" for label, value in seconds.items()]
+    return "\n".join([*lines, f"{'memory at its peak':<48} {content['peak_memory_gb']:8.3f} GB"])
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """bench.json and bench.png in `folder`. Raises InputError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another folder with --out") from None
+    plot(content, folder / "bench.png")
+
+
+def plot(content: Mapping[str, Any], target: Path) -> None:
+    """Each ratio with its interval, beside the line where both sides are equal."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = list(content["ratios"].values())[::-1]
+    figure = Figure(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values, places = [row["value"] for row in rows], range(len(rows))
+    below = [row["value"] - row["low"] for row in rows]
+    above = [row["high"] - row["value"] for row in rows]
+    colours = ["tab:green" if row["good"] == "more" else "tab:blue" for row in rows]
+    axes.barh(places, values, color=colours)
+    axes.errorbar(values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(yticks=places, yticklabels=[row["title"] for row in rows], xlabel="times as long")
+    axes.set_title(content["machine"]["processor"], fontsize="small")
+    figure.savefig(target, dpi=110, format="png")

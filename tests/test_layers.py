@@ -15,7 +15,7 @@ from listing import ROOT, sources
 # The reading order. A new module gets a word in the highest row that lets it import what it needs.
 ROWS = [
     "records",
-    "pictures schedule metrics",
+    "pictures schedule metrics quality intervals",
     "solvers",
     "checkpoint muon adapters",
     "train data",
@@ -23,9 +23,9 @@ ROWS = [
     "methods",
     "generate sweep",
     "distill",
-    "plan",
-    "evaluate bench hosting",
+    "plan bench hosting",
     "emoji",
+    "evaluate",
     "study",
     "feedback",
     "engine",

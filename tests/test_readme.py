@@ -25,6 +25,7 @@ EXAMPLES = {
     for line in SHELL
     if "hypersd" in (words := shlex.split(line, comments=True)) and "-m" in words
 }
+LONG = ("emoji", "evaluate", "bench")  # minutes to days; their own tests run them on tiny models
 LINKS = re.findall(r"!?\[[^]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"", PROSE)
 
 
@@ -71,7 +72,7 @@ def test_commands_parse(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def trains(words: list[str]) -> bool:
-    return words[0] == "emoji" or (words[0] == "distill" and "--dry-run" not in words)
+    return words[0] in LONG or (words[0] == "distill" and "--dry-run" not in words)
 
 
 @pytest.mark.skipif(not (ROOT / "assets/emoji-sd").exists(), reason="the embedded model is not in assets yet")

@@ -1,4 +1,4 @@
-"""The scorers: R-precision on known answers, the loss, learning, and what is read back from disk."""
+"""The scorers: the loss, learning, and what is read back from disk."""
 
 from __future__ import annotations
 
@@ -61,51 +61,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, scorer.Sco
     folder = tmp_path_factory.mktemp("scorer")
     scorer.export(made, folder)
     return folder, made
-
-
-# -------------------------------------------------------------------------------------------------- R-precision
-
-
-def test_r_precision_of_perfect_pairs_is_one() -> None:
-    assert scorer.r_precision(torch.eye(120), torch.eye(120)) == 1.0
-
-
-def test_r_precision_of_swapped_pairs_is_zero_when_all_are_candidates() -> None:
-    assert scorer.r_precision(torch.eye(100), torch.eye(100).roll(1, 0)) == 0.0
-
-
-def test_r_precision_of_noise_is_chance() -> None:
-    generator = torch.Generator().manual_seed(3)
-    pictures, texts = torch.randn(2, 1500, 8, generator=generator)
-    assert scorer.r_precision(pictures, texts, candidates=10) == pytest.approx(0.1, abs=0.025)
-
-
-def test_r_precision_shares_ties() -> None:
-    pictures = torch.zeros(50, 8)  # indifferent to every text
-    texts = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    assert scorer.r_precision(pictures, texts, candidates=20) == pytest.approx(1 / 20)
-
-
-def test_r_precision_depends_on_the_seed_alone() -> None:
-    generator = torch.Generator().manual_seed(4)
-    texts = torch.randn(200, 16, generator=generator)
-    pictures = texts + 2 * torch.randn(200, 16, generator=generator)
-    first = scorer.r_precision(pictures, texts, candidates=20, seed=1)
-    assert first == scorer.r_precision(pictures, texts, candidates=20, seed=1)
-    assert any(first != scorer.r_precision(pictures, texts, candidates=20, seed=s) for s in range(2, 8))
-
-
-def test_r_precision_never_draws_the_same_text_twice_over() -> None:
-    texts = torch.eye(40).repeat(3, 1)  # every text three times
-    assert scorer.r_precision(texts, texts, candidates=40) == 1.0
-    with pytest.raises(ValueError, match="41 candidates need 40 other texts, there are 39"):
-        scorer.r_precision(torch.eye(40), torch.eye(40), candidates=41)
-
-
-def test_r_precision_draws_from_the_pool() -> None:
-    pool = torch.cat([torch.eye(4), -torch.eye(4)])
-    assert scorer.r_precision(torch.eye(4)[:1], torch.eye(4)[:1], candidates=8, pool=pool) == 1.0
-    assert scorer.r_precision(torch.eye(4)[:1], torch.eye(4)[1:2], candidates=8, pool=pool) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ the loss

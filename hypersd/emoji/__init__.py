@@ -11,6 +11,7 @@ PARTS = {
     "decoder": "go on with the autoencoder's decoder alone",
     "assemble": "put the trained parts into assets/emoji-sd",
     "restore": "take assets/emoji-sd apart again, to go on training where there are no runs",
+    "prompts": "freeze the prompts that methods are measured on",
     "scorer": "train the two scorers that judge pictures against captions",
     "measure": "write every figure the README gives of the model",
 }

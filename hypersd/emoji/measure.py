@@ -23,6 +23,7 @@ from tqdm import tqdm
 from hypersd.backbone import Backbone
 from hypersd.emoji import artwork, autoencoder, scorer, teacher, words
 from hypersd.emoji.assemble import draw
+from hypersd.quality import r_precision
 
 COMMAND = "python -m hypersd emoji measure"
 ASSETS = artwork.MANIFEST.parent
@@ -42,8 +43,8 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
         own = pool[[labels.index(rows[i].label) for i in chosen]]
         drawn = draw(backbone, [artwork.captions(rows[i])[0] for i in chosen], split)
         for name, shown in (("generated", drawn), ("real", np.asarray(pictures[chosen]))):
-            value = scorer.r_precision(scorer.embed_pictures(judge, shown), own, pool=pool)
-            figures[f"r_precision_{split}_{name}"] = value
+            value = r_precision(scorer.embed_pictures(judge, shown), own, pool=pool)
+            figures[f"r_precision_{split}_{name}"] = float(value.mean())
     figures["synonyms_right"] = synonyms(backbone, judge, pool, labels, runs / "synonyms.png")
     megabytes = sum(f.stat().st_size for f in assets.rglob("*.safetensors")) / 1e6
     figures["weights_mb"] = megabytes

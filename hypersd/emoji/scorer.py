@@ -30,6 +30,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfi
 
 from hypersd.emoji import artwork, text
 from hypersd.emoji.autoencoder import to_float
+from hypersd.quality import r_precision
 from hypersd.train import Recipe, Run, Step
 
 SIDE, SPACE = 64, text.TEACHER_WIDTH  # pixels, width of the common space
@@ -163,7 +164,8 @@ class Matching:
             rows = [i for i, r in enumerate(self.rows) if r.split == split]
             pictures = embed_pictures(self.scorer, self.small[rows])
             own = pool[[labels.index(self.rows[i].label) for i in rows]]
-            measures[f"r_precision_{split}"] = r_precision(pictures, own, min(100, len(labels)), pool=pool)
+            found = r_precision(pictures, own, min(100, len(labels)), pool=pool)
+            measures[f"r_precision_{split}"] = float(found.mean())
         return {**measures, "scale": float(self.scorer.scale.detach().exp())}
 
 
@@ -238,30 +240,6 @@ def _states(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
         ).input_ids
         out[part] = scorer.text.text_model(input_ids=ids).pooler_output
     return out.clone()
-
-
-def r_precision(
-    image_emb: Tensor, text_emb: Tensor, candidates: int = 100, seed: int = 0, *, pool: Tensor | None = None
-) -> float:
-    """Share of pictures whose own text beats `candidates - 1` others (R-precision, arXiv:1711.10485).
-
-    image_emb, text_emb: unit vectors [n, d], row by row a pair. pool: texts to draw the others from, [m, d], `text_emb`
-    if not given; a text equal to the picture's own is never drawn. Ties share the win.
-
-    Raises:
-        ValueError: fewer than `candidates` - 1 other texts.
-    """
-    pool = text_emb if pool is None else pool
-    generator = torch.Generator().manual_seed(seed)
-    wins = 0.0
-    for picture, own in zip(image_emb, text_emb, strict=True):
-        others = pool[(pool - own).abs().amax(1) > 1e-5]
-        if len(others) < candidates - 1:
-            raise ValueError(f"{candidates} candidates need {candidates - 1} other texts, there are {len(others)}")
-        drawn = others[torch.randperm(len(others), generator=generator)[: candidates - 1]] @ picture
-        mine = own @ picture
-        wins += float((drawn <= mine).all()) / float(1 + (drawn == mine).sum())
-    return wins / max(1, len(image_emb))
 
 
 def _bytes(x: Tensor) -> np.ndarray:

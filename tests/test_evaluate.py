@@ -1,0 +1,513 @@
+"""The evaluation: what is planned, what is drawn once and for all, and a report that is equal in every run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from judged import Thumbnails, make_artwork
+
+from hypersd import evaluate, quality
+from hypersd.__main__ import main
+from hypersd.backbone import Backbone
+from hypersd.emoji import prompts as emoji
+from hypersd.evaluate import gallery, judges, ladder, measures, paper, plan, report, scoring
+from hypersd.evaluate.measures import METRICS, Evidence, Texts, measured
+from hypersd.evaluate.plan import Arm, Plan
+from hypersd.methods import METHODS, StepRange
+from hypersd.records import InputError
+
+REPORT = ("report.json", "report.md", "scores.parquet", "quality.png")
+ALL = tuple(METRICS.values())
+
+
+def small(**changes: Any) -> Plan:
+    return plan.make(**{"limit": 3, "seeds": 2, "steps": "1,2", "teacher_steps": "3", **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def setting() -> Iterator[None]:
+    """Two cheap judges, and a second method that knows 1 and 2 steps."""
+    second = replace(METHODS["base"], name="second", title="Second", guidance=1.0, steps=StepRange(1, 1, (1,)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "JUDGES", {"measure": Thumbnails, "reward": Thumbnails})
+        patch.setitem(METHODS, "second", second)
+        yield
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artwork(tmp_path_factory.mktemp("real") / "artwork", small().prompts)
+
+
+@pytest.fixture(scope="module")
+def results(tiny_folder: Path, real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation; not to be changed."""
+    folder = tmp_path_factory.mktemp("results") / "evaluate"
+    page = evaluate.run(small(), str(tiny_folder), folder, ALL, real)
+    assert page == folder / "report.md"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def content(results: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((results / "report.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def reports(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in REPORT}
+
+
+# -------------------------------------------------------------------------------------------------------- plans
+
+
+def test_the_plan_knows_every_method_that_can_and_says_which_cannot() -> None:
+    made = small()
+    assert [str(arm) for arm in made.arms] == ["base-1", "base-2", "base-3", "second-1"]
+    assert str(made.reference) == "base-3"
+    assert made.impossible == ("second was made for 1 step, got 2; choose 1",)
+    assert {name: len(numbers) for name, numbers in made.sets.items()} == dict.fromkeys(emoji.SETS, 3)
+
+
+def test_seeds_are_shared_by_methods_and_know_nothing_of_the_rest_of_the_plan() -> None:
+    some, more = small(), small(limit=7, seeds=3, sets="colour")
+    seeds = {some.request(0, index, arm).seed for arm in some.arms for index in range(2)}
+    assert len(seeds) == 2
+    wanted = next(p for p in some.prompts if p.set == "colour")
+    assert wanted in more.prompts
+    assert plan.seed(wanted, 1) == more.request(more.prompts.index(wanted), 1, more.arms[0]).seed
+    every = [plan.seed(prompt, index) for prompt in emoji.load() for index in range(4)]
+    assert len(set(every)) == len(every)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "set": ({"sets": "seen,compositon"}, "there is no prompt set 'compositon'; did you mean composition?"),
+    "no set": ({"sets": ","}, "no prompt set is chosen; choose from seen"),
+    "method": ({"methods": "bsae"}, "there is no method 'bsae'; did you mean base?"),
+    "far": ({"methods": "zzz"}, "there is no method 'zzz'; choose from base"),
+    "steps": ({"steps": "1,two"}, "steps must be a whole number from 1 to 1,000, got 'two'"),
+    "teacher": ({"teacher_steps": "500"}, "base was made for 1-100 steps, got 500"),
+    "seeds": ({"seeds": "0"}, "seeds must be a whole number from 1 to 64, got '0'"),
+    "limit": ({"limit": "0"}, "limit must be a whole number from 1"),
+    "kind": ({"methods": 7}, "methods must be names from base"),
+    "file": ({"file": "none.txt"}, "none.txt cannot be read as UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize(("given", "sentence"), BAD.values(), ids=BAD)
+def test_what_cannot_be_planned_is_explained(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as told:
+        small(**given)
+    assert sentence in str(told.value)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("", "is empty; write one prompt a line"),
+    ("a cat\n\na dog\n", "line 2 is blank; delete it"),
+    ("a cat\na dog\na  cat\n", "line 3 repeats line 1 ('a cat'); delete one of them"),
+    ("a cat\n" + "x" * 600, "line 2 has 600 characters, at most 500"),
+])  # fmt: skip
+def test_a_bad_prompt_file_names_its_line(text: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as told:
+        plan.read(file)
+    assert sentence in str(told.value)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        plan.read(file)
+
+
+def test_own_prompts_are_a_set_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na dog", encoding="utf-8")
+    assert small(file=file).prompts == (
+        emoji.Prompt("given", "a cat", "a cat"),
+        emoji.Prompt("given", "a dog", "a dog"),
+    )
+
+
+def test_an_unknown_metric_is_told_the_near_miss() -> None:
+    with pytest.raises(InputError, match="there is no metric 'r_precison'; did you mean r_precision"):
+        evaluate.chosen("r_precison")
+    assert [metric.name for metric in evaluate.chosen("recall, precision")] == ["precision", "recall"]
+    assert {m.name for m in ALL} - {m.name for m in evaluate.chosen(None, quick=True)} == {"memorised"}
+
+
+def test_a_quick_run_is_some_thousand_network_calls() -> None:
+    """Three minutes on two cores are about 4,000 guided calls of the embedded model; the time itself is for bench."""
+    quick = small(limit=plan.QUICK, steps=plan.STEPS, teacher_steps="25", methods="base")
+    assert len(quick.prompts) * quick.seeds * sum(arm.steps for arm in quick.arms) < 2500
+
+
+# ------------------------------------------------------------------------------------------- one folder, one plan
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(results: Path, tiny_folder: Path, real: Path) -> None:
+    before = {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+    for changes, word in (({"seeds": 1}, "seeds"), ({"limit": 2}, "prompts"), ({"steps": "1"}, "arms")):
+        with pytest.raises(InputError, match=f"another configuration .it differs in .*{word}.*choose a new folder"):
+            evaluate.run(small(**changes), str(tiny_folder), results, ALL, real)
+    assert before == {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("x")
+    with pytest.raises(InputError, match="holds other files; choose a new folder"):
+        plan.claim(tmp_path, {"a": 1})
+    with pytest.raises(InputError, match="cannot be used"):
+        plan.claim(tmp_path / "holiday.txt", {"a": 1})
+    assert [file.name for file in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_a_damaged_or_foreign_picture_is_named(results: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    folder = shutil.copytree(results, tmp_path / "copy")
+    file = gallery.path(folder, Arm("base", 1), 2, 1)
+    good = file.read_bytes()
+    for bad in (good[:100], gallery.path(folder, Arm("base", 2), 2, 1).read_bytes()):
+        file.write_bytes(bad)
+        with pytest.raises(InputError, match=r"0002-1\.png.*delete it and run the same command again"):
+            gallery.read(small(), folder, Arm("base", 1), tiny_backbone.sha256)
+    file.unlink()
+    assert gallery.fill(small(), folder, tiny_backbone) == 1
+    again = gallery.read(small(), folder, Arm("base", 1), tiny_backbone.sha256)
+    assert torch.equal(again.pixels, gallery.read(small(), results, Arm("base", 1), tiny_backbone.sha256).pixels)
+
+
+# --------------------------------------------------------------------------------------------- equal to the byte
+
+
+def test_two_runs_and_a_stopped_one_give_the_same_bytes(
+    results: Path, tiny_folder: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, left = gallery.draw, [30]
+
+    def stops(*given: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return drawn(*given, **more)
+
+    monkeypatch.setattr(gallery, "draw", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(small(), str(tiny_folder), tmp_path / "stopped", ALL, real)
+    assert not (tmp_path / "stopped" / "report.md").exists()
+    half = gallery.path(tmp_path / "stopped", Arm("base", 3), 11, 1)
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.with_name(f".{half.stem}.0.png").write_bytes(b"half a picture")
+    left[0] = 10**9
+    evaluate.run(small(), str(tiny_folder), tmp_path / "stopped", ALL, real)
+    assert left[0] == 10**9 - 1 - (
+        12 * 2 * 4 - 28
+    )  # one to see whether the method can; what was there was not drawn again
+    assert reports(tmp_path / "stopped") == reports(results)
+    evaluate.run(small(), str(tiny_folder), tmp_path / "stopped", ALL, real)  # and once more from what is there
+    assert reports(tmp_path / "stopped") == reports(results)
+
+
+def test_processes_share_the_pictures_whichever_comes_first(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    wanted = small(limit=1, steps="1", methods="base", teacher_steps="2")
+    count = len(list(gallery.cells(wanted)))
+    assert [gallery.fill(wanted, tmp_path, tiny_backbone, process, 2) for process in (1, 0)] == [count // 2] * 2
+    assert len(list(tmp_path.rglob("*.png"))) == count
+    assert gallery.fill(wanted, tmp_path, tiny_backbone) == 0
+
+
+def test_a_method_without_its_adapter_is_left_out_and_named(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = gallery.draw
+
+    def refuses(backbone: Backbone, request: Any, method: Any) -> Any:
+        if method.name == "second":
+            raise InputError("its adapter is not there; train it")
+        return drawn(backbone, request, method)
+
+    monkeypatch.setattr(gallery, "draw", refuses)
+    left = gallery.possible(small(), tiny_backbone)
+    assert [str(arm) for arm in left.arms] == ["base-1", "base-2", "base-3"]
+    assert left.impossible[-1] == "second: its adapter is not there; train it"
+
+
+OPTIONS = {
+    "--sets": "seen,colour",
+    "--limit": "3",
+    "--seeds": "2",
+    "--methods": "base",
+    "--steps": "1,2",
+    "--teacher-steps": "4",
+    "--metrics": "sharpness,teacher_pixel,colour",
+}
+
+
+def start(folder: Path, out: Path, *launcher: str) -> subprocess.Popen[str]:
+    command = [*(launcher or (sys.executable, "-m")), "hypersd", "evaluate", "--backbone", str(folder)]
+    command += [word for option in OPTIONS.items() for word in option]
+    return subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=evaluate_root()
+    )
+
+
+def evaluate_root() -> Path:
+    return Path(__file__).parents[1]
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said[-2000:]
+
+
+@pytest.mark.slow
+def test_killed_and_shared_by_processes_it_is_the_same_report(tiny_folder: Path, tmp_path: Path) -> None:
+    finish(start(tiny_folder, tmp_path / "whole"))
+    killed = start(tiny_folder, tmp_path / "killed")
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "killed").rglob("0*.png"))) < 5:
+        assert killed.poll() is None and time.monotonic() < deadline, "ended or hung before its fifth picture"
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    finish(start(tiny_folder, tmp_path / "killed"))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    finish(start(tiny_folder, tmp_path / "shared", *launcher))
+    assert reports(tmp_path / "killed") == reports(tmp_path / "whole") == reports(tmp_path / "shared")
+
+
+# --------------------------------------------------------------------------------------------------- the figures
+
+
+def test_figures_are_the_means_of_the_table(results: Path, content: dict[str, Any]) -> None:
+    table = pd.read_parquet(results / "scores.parquet")
+    assert len(table) == 12 * 4
+    rows = table[(table.method == "base") & (table.steps == 2)]
+    shown = {row["set"]: row for row in content["results"] if (row["method"], row["steps"]) == ("base", 2)}
+    assert shown["all"]["nfe"] == 4
+    for name in ("r_precision", "kernel_distance", "teacher_feature", "diversity", "sharpness", "colour"):
+        found = shown["all"]["figures"][name]
+        assert found["value"] == pytest.approx(rows[name].mean(), rel=1e-5)
+        assert found["low"] <= found["value"] <= found["high"]
+        assert found["prompts"] == rows[name].notna().sum()
+    seen = rows[rows["set"] == "seen"]
+    assert shown["seen"]["figures"]["sharpness"]["value"] == pytest.approx(seen.sharpness.mean(), rel=1e-5)
+    teacher = next(r for r in content["results"] if (r["set"], r["method"], r["steps"]) == ("all", "base", 3))
+    assert teacher["figures"]["teacher_feature"]["value"] == pytest.approx(0, abs=1e-6)
+    assert teacher["figures"]["teacher_pixel"]["value"] == 0
+
+
+def test_differences_are_paired_and_corrected(content: dict[str, Any]) -> None:
+    rows = content["comparisons"]
+    assert {row["metric"] for row in rows} == {"r_precision", "kernel_distance", "diversity"}  # the teacher: to itself
+    assert {row["against"] for row in rows} == {"base-3"}
+    assert len(rows) == 9
+    assert all(row["p_holm"] >= row["p"] for row in rows)
+    shown = {(r["method"], r["steps"]): r["figures"] for r in content["results"] if r["set"] == "all"}
+    row = next(row for row in rows if (row["metric"], row["arm"]) == ("diversity", "second-1"))
+    apart = shown["second", 1]["diversity"]["value"] - shown["base", 3]["diversity"]["value"]
+    assert row["value"] == pytest.approx(apart, abs=1e-5)
+
+
+def test_a_newer_method_is_compared_with_lcm_at_equal_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "lcm", replace(METHODS["base"], name="lcm"))
+    pairs = [(str(a), str(b)) for a, b in report._pairs(small())]
+    assert ("second-1", "lcm-1") in pairs
+    assert ("lcm-2", "base-3") in pairs
+    assert ("base-1", "lcm-1") not in pairs and ("lcm-1", "lcm-1") not in pairs
+
+
+def test_seconds_are_kept_apart(results: Path) -> None:
+    timed = json.loads((results / "seconds.json").read_text(encoding="utf-8"))
+    assert list(timed["seconds"]) == ["base-3", "base-1", "base-2", "second-1"]
+    assert all(row["median"] > 0 and row["pictures"] == 24 for row in timed["seconds"].values())
+    assert "seconds.png" in (results / "report.md").read_text(encoding="utf-8")
+    assert (results / "seconds.png").stat().st_size > 1000
+    assert not any("seconds" in key for key in json.loads((results / "report.json").read_text(encoding="utf-8")))
+
+
+def test_the_page_marks_what_was_optimised_and_says_what_is_missing(results: Path) -> None:
+    page = (results / "report.md").read_text(encoding="utf-8")
+    assert "reward scorer's score† ↑" in page
+    assert "scorer a is the reward of the feedback stage" in page
+    assert "- coverage (seen, composition, concept): 5 neighbours need more than 5 pictures, got 3" in page
+    assert "- kernel_distance (colour): there are no real pictures of these prompts" in page
+    assert "- second was made for 1 step, got 2; choose 1" in page
+    for name in emoji.SETS:
+        assert f"## 3 prompts: {name}" in page
+
+
+def test_without_judge_and_artwork_the_rest_is_measured(
+    results: Path, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "ASSETS", tmp_path)
+    absent: dict[str, Callable[[], Any]] = {name: lambda: judges.EmojiJudge(tmp_path) for name in ("measure", "reward")}
+    monkeypatch.setattr(judges, "JUDGES", absent)
+    yard = scoring.Yardstick.load(tmp_path / "artwork", ALL)
+    scores = scoring.score(small(), results, tiny_backbone.sha256, yard, ALL)
+    assert set(scores.values) == {"teacher_pixel", "colour", "sharpness"}
+    reasons = {sentence for row in scores.missing.values() for sentence in row}
+    assert any("python -m hypersd emoji scorer" in sentence for sentence in reasons)
+    made = report.summary(small(), small().record(tiny_backbone), scores, ALL)
+    page = report.markdown({**made, "ladder": {"note": "", "dropped": {}}})
+    assert "make it with: python -m hypersd emoji scorer" in page
+    art = judges.real(tmp_path / "artwork")
+    assert isinstance(art, str) and "python -m hypersd emoji artwork" in art
+    assert yard.record() == {"measure": "not there", "reward": "not there"}
+
+
+def test_what_fails_on_the_ladder_is_dropped_with_its_figure(
+    results: Path, tiny_folder: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "No ladder has been climbed yet" in (results / "report.md").read_text(encoding="utf-8")
+    failed = {"holds": False, "series": {"blur": {"values": {}, "tau": 0.33, "holds": False}}}
+    held = {"holds": True, "series": {"blur": {"values": {}, "tau": 1.0, "holds": True}}}
+    climbed = {"plan": {"prompts": 9, "judges": {"measure": "thumbnails"}}}
+    climbed |= {"metrics": {"r_precision": failed, "diversity": held}}
+    (tmp_path / ladder.FILE).write_text(json.dumps(climbed), encoding="utf-8")
+    monkeypatch.setattr(judges, "ASSETS", tmp_path)
+    folder = shutil.copytree(results, tmp_path / "copy")
+    some = evaluate.chosen("r_precision,diversity")
+    page = evaluate.run(small(), str(tiny_folder), folder, some, real)
+    assert page is not None
+    text = page.read_text(encoding="utf-8")
+    assert "- r_precision: it does not put pictures of known quality in order (blur: 0.33)" in text
+    assert "R-precision@1" not in text and "diversity ↑" in text
+    assert ladder.verdict("another")[1].startswith("The ladder was climbed with another judge")
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def evidence(prompts: int = 8, seeds: int = 2, **changes: Any) -> Evidence:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(prompts, seeds, 6, generator=generator), dim=-1)
+    pixels = torch.randint(0, 256, (prompts, seeds, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    texts = Texts(features[:, 0], features[:, 0], features[:, 0])
+    given: dict[str, Any] = {
+        "prompts": [
+            emoji.Prompt("given", f"a {'red' if i % 2 else 'plain'} thing {i}", str(i)) for i in range(prompts)
+        ],
+        "pixels": pixels,
+        "features": features,
+        "texts": texts,
+        "real": features[:, -1],
+        "train": measures.Train(features[:, 0], 0.001),
+        "teacher_pixels": pixels,
+        "teacher_features": features,
+        "rewarded": features,
+        "reward_texts": texts,
+    }
+    return Evidence(**{**given, **changes})
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_is_one_value_a_prompt_or_a_reason(name: str) -> None:
+    values = measured(METRICS[name], evidence())
+    assert isinstance(values, torch.Tensor), values
+    assert values.shape == (() if name == "frechet" else (8,))
+    assert values.dtype == torch.float64
+    reason = "nothing is there"
+    gone: dict[str, Any] = dict.fromkeys(
+        ("features", "texts", "real", "train", "teacher_pixels", "teacher_features", "rewarded"), reason
+    )
+    without = measured(METRICS[name], evidence(**gone))
+    assert isinstance(without, torch.Tensor) if name in ("colour", "sharpness") else without == reason
+
+
+def values(name: str, e: Evidence) -> torch.Tensor:
+    found = measured(METRICS[name], e)
+    assert isinstance(found, torch.Tensor), found
+    return found
+
+
+def test_metrics_ask_the_right_things() -> None:
+    e = evidence()
+    assert values("memorised", e).tolist() == [0.5] * 8  # the first drawing of each is a training picture
+    assert torch.isnan(values("colour", e)).tolist() == [True, False] * 4
+    features, real = e.features, e.real
+    assert isinstance(features, torch.Tensor) and isinstance(real, torch.Tensor)
+    assert values("r_precision", evidence(features=features[:, :1])).tolist() == [1.0] * 8
+    both = torch.stack([quality.recall(features[:, seed], real) for seed in range(2)]).mean(0)
+    assert torch.equal(values("recall", e), both)
+    assert measured(METRICS["diversity"], evidence(seeds=1)) == "diversity needs at least 2 drawings of each prompt"
+    assert measured(METRICS["colour"], evidence(prompts=1)) == "no prompt of this set asks for one colour"
+
+
+def test_more_of_a_good_thing_is_better() -> None:
+    assert {name for name, metric in METRICS.items() if metric.primary} == {
+        "r_precision", "kernel_distance", "teacher_feature", "diversity"}  # fmt: skip
+    assert {name for name, metric in METRICS.items() if metric.optimised} == {"reward"}
+
+
+# ---------------------------------------------------------------------------------------------- the paper's tables
+
+
+def test_the_paper_stands_beside_its_own_backbones(content: dict[str, Any]) -> None:
+    results = [{**row, "steps": 25} if row["steps"] == 3 else row for row in content["results"]]
+    page = report.markdown({**content, "plan": {**content["plan"], "backbone": "sd15"}, "results": results})
+    assert "### Table 2, main results" in page and "### Table 4" in page
+    assert "### Table 3" not in page  # of SDXL alone
+    lines = page[page.index("### Table 2") :].splitlines()
+    line = next(line for line in lines if line.startswith("| base | 25 |"))
+    assert line.endswith("| 31.88 | 5.26 | 0.18 | 0.217 |") and "–" not in line.split("|")[3]
+    assert next(line for line in lines if line.startswith("| LCM LoRA | 4 |")).count("–") == 4
+    assert "aesthetic†, paper" in page
+
+
+def test_another_backbone_borrows_the_layout_alone(content: dict[str, Any]) -> None:
+    results = [{**row, "steps": 25} if row["steps"] == 3 else row for row in content["results"]]
+    page = report.markdown({**content, "results": results})
+    assert "### Table 2, main results" in page and "31.88" not in page
+    assert "In the layout of" not in report.markdown(content)  # no arm of this run is in the paper
+    assert [len(rows) for rows in paper.TABLES.values()] == [13, 11, 8, 11]
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_the_report(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\na dog\na blue heart", encoding="utf-8")
+    out = tmp_path / "out"
+    given = ["evaluate", "--backbone", str(tiny_folder), "--prompts", str(prompts), "--out", str(out)]
+    given += ["--methods", "base", "--steps", "1", "--teacher-steps", "2", "--artwork", str(tmp_path), "--quick"]
+    assert main(given) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.md")
+    page = (out / "report.md").read_text(encoding="utf-8")
+    assert "3 prompts" in page and "2 drawings of each" in page and "## All 3 prompts" in page
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    (["--metrics", "kernel_distnce"], "did you mean kernel_distance?"),
+    (["--methods", "bse"], "did you mean base?"),
+    (["--backbone", "sd15"], "sd15 has no prompts of its own; give --prompts FILE or --sets"),
+    (["--prompts", "missing.txt"], "missing.txt cannot be read"),
+    (["--backbone", "sd99", "--sets", "seen"], "backbone must be one of"),
+])  # fmt: skip
+def test_a_wrong_input_is_one_sentence(
+    given: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *given]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("hypersd: ") and said.err.count("\n") == 1 and sentence in said.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_left_of_a_report_that_could_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), report._whole(tmp_path / "report.md") as half:
+        half.write_text(str(1 / 0))
+    assert not (tmp_path / "report.md").exists()
+    assert np.isnan(float("nan")) and report._number(float("nan")) is None
