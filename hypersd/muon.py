@@ -24,7 +24,8 @@ class Muon(torch.optim.Optimizer):
     """Updates the trainable parameters of `network`; `lr` and `weight_decay` (decoupled) mean what they do in AdamW."""
 
     def __init__(self, network: nn.Module, lr: float, weight_decay: float) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, p in network.named_parameters():
             if p.requires_grad:
                 (matrices if p.ndim > 1 and not name.startswith(OUTER) else rest).append(p)
@@ -56,10 +57,10 @@ class Muon(torch.optim.Optimizer):
         for p in moved:
             if p not in self.state:
                 self.state[p] |= {n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
-        states = [self.state[p] for p in moved]
+        kept = {name: [self.state[p][name] for p in moved] for name in ("exp_avg", "exp_avg_sq", "step")}
         adamw(
-            moved, [p.grad for p in moved], *([s[n] for s in states] for n in ("exp_avg", "exp_avg_sq")),
-            [], [s["step"] for s in states], fused=True, amsgrad=False, beta1=0.9, beta2=0.999,
+            moved, [p.grad for p in moved], kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"],
+            fused=True, amsgrad=False, beta1=0.9, beta2=0.999,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
         )  # fmt: skip
 
