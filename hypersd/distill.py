@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,7 +36,7 @@ from hypersd.records import Adapter, InputError, Request, real_number, whole_num
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, RecipeChanged, Run, Step, differences
+from hypersd.train import Recipe, RecipeChanged, Run, Step, differences, processes
 
 SHEET_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50  # of the pictures that students are measured against
@@ -269,7 +268,7 @@ def preset(backbone: str) -> Preset:
 
 def loader(backbone: str) -> Callable[[], Backbone]:
     """A function that loads the base for training: bfloat16 where its arithmetic is quick, roles are float32."""
-    own = PartialState().device  # of several processes each has its own GPU
+    own = processes().device  # each of several has its own GPU
     device = str(own) if own.type == "cuda" else "cpu"
     quick = own.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return lambda: Backbone.load(backbone, device=device, dtype=torch.bfloat16 if quick else torch.float32)

@@ -19,6 +19,7 @@ convolutions costs a fraction of two more convolutions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -170,7 +171,9 @@ class Roles:
         # alpha = rank: a scale of 1, which readers that miss the alpha assume anyway
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
         config._register_custom_module({nn.Linear: _Linear, nn.Conv2d: _Conv2d})
-        inject_adapter_in_model(config, self.network, name)
+        with warnings.catch_warnings():  # PEFT warns of several adapters on one network, which is what roles are
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, self.network, name)
         parameters = {}
         for path, layer in self.network.named_modules():
             if isinstance(layer, _Layer) and name in layer.lora_A:

@@ -161,7 +161,7 @@ class Run:
 
     def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
         self.objective, self.recipe, self.folder = objective, recipe, folder
-        self.processes = PartialState()  # this one of how many, as `accelerate launch` or torchrun set it up
+        self.processes = processes()
         self.parts = recipe.parts(self.processes.process_index, self.processes.num_processes)
         self.networks = objective.modules()
         self.optimizers = {name: _optimizer(m, recipe) for name, m in self.networks.items()}
@@ -348,6 +348,11 @@ class Run:
                 f"{self.folder} was started with another recipe ({differs}); "
                 f"go back to it, or delete the folder to start anew"
             )
+
+
+def processes() -> PartialState:
+    """This process of how many, as `accelerate launch` or torchrun set it up, and its device."""
+    return PartialState(cpu=not torch.cuda.is_available())  # not told so, each of several on CPUs takes itself for all
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
