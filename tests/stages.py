@@ -1,6 +1,6 @@
-"""A small distillation on the tiny model, in pieces for tests, and as a program that they can kill or run twice at once.
+"""A small distillation on the tiny model, in pieces for tests, and as a program to kill or to run twice at once.
 
-python tests/stages.py MODEL FOLDER --batch 8 --accumulate 2 [--die-at N]
+python tests/stages.py MODEL FOLDER [--accumulate 2] [--die-at N]
 """
 
 from __future__ import annotations

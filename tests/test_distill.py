@@ -1,4 +1,4 @@
-"""The objective of distillation, its stages one after the other, its command line: calls, gradients, resume, refusals."""
+"""Distillation: the objective, its stages one after the other, its command line; calls, gradients, resume, refusals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,15 +20,18 @@ import pytest
 import stages
 import tiny
 import torch
+from PIL import Image
 from stages import RECIPE, SETTINGS, STAGE, Latents, objective
 from torch import Tensor
 
-from hypersd import checkpoint, distill, plan
+import hypersd.__main__ as command_line
+from hypersd import adapters, checkpoint, distill, plan
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation, Settings
 from hypersd.methods import METHODS, Stage
+from hypersd.records import InputError
 from hypersd.schedule import PREDICTIONS
-from hypersd.train import Run, Step
+from hypersd.train import Recipe, RecipeChanged, Run, Step
 
 B = 8
 STEP = Step(3, RECIPE)
@@ -294,7 +298,7 @@ def test_two_processes_give_the_weights_of_one(tiny_folder: Path, tmp_path: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     both = [
         launch(tiny_folder, tmp_path, "--accumulate", "1", RANK=str(i), LOCAL_RANK=str(i), **common) for i in (0, 1)
     ]
@@ -318,3 +322,147 @@ def test_kill_9_in_the_middle_of_an_update_in_a_later_epoch_twice(
     assert len(made.data.asked) == (RECIPE.updates - 4) * RECIPE.batch  # type: ignore[attr-defined]
     assert [entry["step"] for entry in run.log] == list(range(RECIPE.updates))
     assert final_bytes(tmp_path) == final_bytes(unbroken)
+
+
+# ------------------------------------------------------------------------------------------- optimizers, clipping
+
+
+def test_betas_rate_and_clipping_reach_both_optimizers(backbone: Backbone, tmp_path: Path) -> None:
+    made = objective(backbone, ready=True)
+    alone = gradients(made, Step(0, RECIPE))
+    recipe = distill.stage_recipe(replace(RECIPE, accumulate=1, clip=1e-3), STAGE)
+    run = Run(made, recipe, tmp_path)
+    entry = run.update()
+    for name, optimizer in run.optimizers.items():
+        (group,) = optimizer.param_groups
+        assert tuple(group["betas"]) == (0.0, 0.99)
+        assert group["lr"] == recipe.rate(0) == pytest.approx(recipe.lr / 2)
+        length = float(torch.cat([g.flatten() for g in alone[name][1]]).norm())
+        assert entry[f"{name}/norm"] == pytest.approx(length, rel=1e-3)
+        assert length > 1e-3
+        clipped = torch.cat([p.grad.flatten() for p in run.networks[name].parameters() if p.grad is not None])
+        assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
+    assert distill.stage_recipe(RECIPE, Stage()).betas == (0.9, 0.999)
+
+
+# --------------------------------------------------------------------------------------------- stage after stage
+
+SHORT = Recipe(updates=1, batch=4, lr=1e-2, warmup=1, weight_decay=0.0, ema=0.9)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "SHEET_STEPS", (1,))
+    monkeypatch.setattr(distill, "TEACHER_STEPS", 2)
+
+
+def train(model: Path, folder: Path, settings: Settings = SETTINGS, recipe: Recipe = SHORT, **options: Any) -> Any:
+    options = {"load": lambda: Backbone.load(model), "open_data": Latents.of, **options}
+    load, open_data = options.pop("load"), options.pop("open_data")
+    method = METHODS[options.pop("method", "tscd")]
+    return distill.run(method, load, open_data, settings, recipe, folder / "runs", folder / "out", **options)
+
+
+@pytest.mark.usefixtures("quick")
+def test_stages_follow_each_other_and_a_finished_one_is_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[weakref.ref[Any]] = []
+
+    def load() -> Backbone:
+        assert not [base for base in bases if base() is not None], "the last stage's network is still in memory"
+        backbone = Backbone.load(tiny_folder)
+        bases.append(weakref.ref(backbone.unet))
+        return backbone
+
+    files = train(tiny_folder, tmp_path, load=load)
+    assert [f.path.name for f in files] == [f"tscd-{k}.safetensors" for k in (8, 4, 2, 1)]
+    assert [f.card.recipe["start"] for f in files] == ["", *(f.sha256 for f in files[:-1])]
+    for file in files:
+        width = (len(distill.SHEET_STEPS) + 1) * 32
+        sheet = Image.open(tmp_path / "runs" / file.path.stem / "sheet.png")
+        assert sheet.size == (width, 32 * len(SETTINGS.prompts))
+    assert len(list((tmp_path / "runs").glob("teacher-*.npy"))) == 1
+
+    monkeypatch.setattr(distill, "commit", lambda: "another")  # the package moves on, the finished stages stay
+    (tmp_path / "out" / "tscd-1.safetensors").unlink()
+    monkeypatch.setattr(Run, "update", lambda self: pytest.fail("a finished stage was trained again"))
+    again = train(tiny_folder, tmp_path)
+    assert [f.sha256 for f in again[:-1]] == [f.sha256 for f in files[:-1]]
+    old, new = (adapters.load(f.path) for f in (files[-1], again[-1]))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+    for settings, recipe, sentence in (
+        (replace(SETTINGS, rank=3), SHORT, r"settings\.rank: 2 then, 3 now"),
+        (SETTINGS, replace(SHORT, lr=0.5), r"lr: 0\.01 then, 0\.5 now"),
+        (replace(SETTINGS, guidance=(2.0, 4.0)), SHORT, r"settings\.guidance: \[3\.0, 8\.0\] then, \[2\.0, 4\.0\] now"),
+    ):
+        with pytest.raises(RecipeChanged, match=rf"tscd-8\.safetensors was trained with another recipe \({sentence}\)"):
+            train(tiny_folder, tmp_path, settings, recipe)
+    assert [adapters.inspect(f.path).sha256 for f in files[:-1]] == [f.sha256 for f in files[:-1]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = replace(SHORT, updates=2)
+    (whole,) = train(tiny_folder, tmp_path / "whole", recipe=recipe, method="lcm")
+    assert train(tiny_folder, tmp_path / "parts", recipe=recipe, method="lcm", minutes=0) == []
+    (parts,) = train(tiny_folder, tmp_path / "parts", recipe=recipe, method="lcm", minutes=5)
+    assert parts.sha256 == whole.sha256
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("tcsd", "method must be one of lcm, tcd, tscd, got 'tcsd'"),
+        ("base", "method must be one of lcm, tcd, tscd, got 'base'"),
+        ("tcd --batch 21", "the data holds 20 samples, fewer than a batch of 21"),
+        ("tcd --batch 4 --accumulate 3", "a batch of 4 cannot be cut into 3 equal parts"),
+        ("tcd --batch 0", "batch must be a whole number from 1"),
+        ("tcd --updates -1", "updates must be a whole number from 1"),
+        ("tcd --rank 0", "rank must be a whole number from 1"),
+        ("tcd --lr nan", "the learning rate must be above 0, got nan"),
+        ("tcd --guidance 8-3", "the guidance range runs from 8 down to 3; type 3-8"),
+        ("tcd --guidance 0.5", "guidance must be a number from 1 to 30, got '0.5'"),
+        ("tcd --name ../up", "a name has letters, digits"),
+        ("tcd --name lcm", "lcm is the name of another method; type tcd-new"),
+        ("tcd --out file", "nothing can be written to file (File exists)"),
+        ("tcd --out file/below", "nothing can be written to file/below (Not a directory)"),
+        ("tcd --backbone nowhere", "or a model's folder, got 'nowhere'"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence(
+    given: str, sentence: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line, "_opener", lambda data, runs: Latents.of)
+    Path("file").write_text("kept")
+    backbone = [] if "--backbone" in given else ["--backbone", str(tiny_folder)]
+    out = [] if "--out" in given else ["--out", "out"]
+    assert command_line.main(["distill", *given.split(), *backbone, *out]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("hypersd: ") and sentence in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert Path("file").read_text() == "kept"
+
+
+def test_prompts_alone_are_no_data_for_distillation(tiny_folder: Path, tmp_path: Path) -> None:
+    def prompts(backbone: Backbone) -> Latents:
+        return replace(Latents.of(backbone), latents=None)
+
+    with pytest.raises(InputError, match="the data holds prompts only"):
+        train(tiny_folder, tmp_path, open_data=prompts)
+
+
+def test_the_dry_run_says_what_it_will_take(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["distill", "tscd", "--backbone", str(tiny_folder), "--batch", "8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in ("8 segment(s): MSE x 1, adversarial x 0", "1 segment(s): MSE x 0.1, adversarial x 1",
+                  "in memory once", "student ", "adversary ", "network call(s) with gradient", "in all"):  # fmt: skip
+        assert words in said
+    assert list(tmp_path.iterdir()) == []
