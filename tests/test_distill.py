@@ -257,17 +257,22 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 
 def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: Path, tmp_path: Path) -> None:
+    """To 1e-6 of the weights after three updates that moved them by 3e-5: AdamW makes much of a tiny gradient's
+    rounding, up to the whole rate, so the rate is small; losses and gradients agree to what sums in float32 allow."""
+    recipe = replace(RECIPE, lr=1e-5, warmup=1)
     runs = [
-        Run(objective(Backbone.load(tiny_folder), ready=True), replace(RECIPE, accumulate=n), tmp_path / str(n))
+        Run(objective(Backbone.load(tiny_folder), ready=True), replace(recipe, accumulate=n), tmp_path / str(n))
         for n in (1, 4)
     ]
+    before = weights(runs[0])
     for _ in range(3):
         whole, pieces = (run.update() for run in runs)
         assert pieces == pytest.approx(whole, rel=1e-4)
     whole_weights, pieces_weights = map(weights, runs)
     assert {name.split(".")[0] for name in whole_weights} == {"student", "adversary", "average"}
     for name, tensor in whole_weights.items():
-        torch.testing.assert_close(pieces_weights[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(pieces_weights[name], tensor, rtol=0, atol=1e-6)
+        assert name.endswith("6.bias") or float((tensor - before[name]).abs().max()) > 5e-6, f"{name} did not move"
 
 
 def launch(model: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
