@@ -185,14 +185,15 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
 def distill_command(given: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from hypersd import distill, methods
+    from hypersd import distill
     from hypersd.adapters import beside
 
-    method = methods.find(given.method)
+    method = distill.find(given.method)
     settings, recipe, _ = distill.preset(given.backbone)
     changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
     recipe = replace(recipe, **changed)
-    settings = replace(settings, rank=given.rank or settings.rank, guidance=_span(given.guidance, settings.guidance))
+    settings = replace(settings, rank=settings.rank if given.rank is None else given.rank,
+                       guidance=_span(given.guidance, settings.guidance))  # fmt: skip
     load = distill.loader(given.backbone)
     if given.dry_run:
         from hypersd.plan import dry_run
@@ -216,7 +217,7 @@ def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, floa
     if text is None:
         return otherwise
     low, _, high = text.partition("-")
-    return (real_number(low, "guidance", 0.0, 30.0), real_number(high or low, "guidance", 0.0, 30.0))
+    return (real_number(low, "guidance", 1.0, 30.0), real_number(high or low, "guidance", 1.0, 30.0))
 
 
 def _opener(data: str | None, runs: Path) -> Callable[[Backbone], distill.Data]:
@@ -268,6 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Problem as problem:
         print(f"hypersd: {problem}", file=sys.stderr)
         return 2 if isinstance(problem, InputError) else 1
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"hypersd: {error.strerror or error}{place}; what was saved before stands", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("hypersd: stopped", file=sys.stderr)
         return 130

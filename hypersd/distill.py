@@ -9,8 +9,12 @@ target are roles of it (roles.py), and so is the trunk of the adversary.
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import os
+import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +27,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hypersd import __version__, adapters, adversary
+from hypersd import __version__, adapters, adversary, methods
 from hypersd.backbone import Backbone
 from hypersd.generate import denoise
 from hypersd.methods import METHODS, Method, Stage
 from hypersd.methods.base import Places
-from hypersd.records import Adapter, InputError, Request
+from hypersd.records import Adapter, InputError, Request, real_number, whole_number
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, RecipeChanged, Run, Step, differences, processes
 
 SHEET_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50  # of the pictures that students are measured against
@@ -48,6 +52,12 @@ class Settings:
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
     autocast: bool = False  # the network computes in bfloat16 whatever its weights are
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
+
+    def __post_init__(self) -> None:
+        whole_number(self.rank, "rank", 1, 1024)
+        low, high = (real_number(g, "guidance", 1.0, 30.0) for g in self.guidance)  # below 1 it would guide away
+        if low > high:
+            raise InputError(f"the guidance range runs from {low:g} down to {high:g}; type {high:g}-{low:g}")
 
 
 class Preset(NamedTuple):
@@ -96,8 +106,7 @@ class Distillation:
     def __init__(
         self, backbone: Backbone, data: Data, method: Method, stage: Stage, settings: Settings, seed: int = 0
     ) -> None:
-        if method.losses is None:
-            raise InputError(f"{method.name} is not trained; choose one of {', '.join(trainable())}")
+        assert method.losses is not None, "find() gives methods that are trained"
         self.backbone, self.data, self.method, self.stage, self.settings = backbone, data, method, stage, settings
         self.schedule = backbone.schedule
         self.segments = Segments.of(stage.segments, settings.points, len(self.schedule))
@@ -244,16 +253,18 @@ class Distillation:
             prompts = tqdm(self.settings.prompts, desc="teacher", unit="picture")
             with self.roles.wear():
                 ends = [denoise(self.backbone, Request(p, i, TEACHER_STEPS, g), base).x for i, p in enumerate(prompts)]
-            np.save(path, torch.cat(ends).cpu().numpy())
+            staging = path.with_suffix(".tmp.npy")
+            np.save(staging, torch.cat(ends).cpu().numpy())
+            os.replace(staging, path)  # killed while it writes, it would leave half a file that counts as whole
         return torch.from_numpy(np.load(path)).to(self.backbone.device)
 
 
 # ----------------------------------------------------------------------------------------------- stage by stage
 
 
-def trainable() -> list[str]:
-    """The methods that can be trained."""
-    return [name for name, row in METHODS.items() if row.losses]
+def find(name: str) -> Method:
+    """A method that is trained; InputError with the names of all of them."""
+    return methods.find(name, {name: row for name, row in METHODS.items() if row.losses})
 
 
 def preset(backbone: str) -> Preset:
@@ -264,7 +275,8 @@ def loader(backbone: str) -> Callable[[], Backbone]:
     """A function that loads the base for training, on a GPU if there is one."""
     from diffusers.models.attention_processor import AttnProcessor
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = processes().device  # each of several has its own GPU
+    device = str(own) if own.type == "cuda" else "cpu"
 
     def load() -> Backbone:
         loaded = Backbone.load(backbone, device=device, dtype=preset(backbone).dtype)
@@ -294,34 +306,85 @@ def run(
     """Train every stage of a method that has no file in `out` yet, each from the one before.
 
     Args:
-        load: gives the base model anew for each stage; the roles of the last one are gone with it.
+        load: gives the base model anew for each stage; the roles of the last one are gone by then.
         open_data: captioned latents for it.
         runs: folder of the runs, one below it a stage; the same call goes on where it was stopped.
         out: where the LoRA files go; `name`, the method's own if not given, is their row in the app.
         minutes: stop after so long, of all stages together.
 
     Raises:
-        InputError: the data holds no pictures, or fewer than a batch.
+        InputError: the data holds no pictures, or fewer than a batch; a folder cannot be written to; `name` is taken.
+        RecipeChanged: a stage was begun or finished with other settings.
     """
+    name = check_name(name or method.name, method)
+    for folder in (runs, out):
+        check_folder(folder)
     files: list[adapters.AdapterFile] = []
     started = time.monotonic()
     for stage in method.stages:
-        label = f"{name or method.name}-{stage.segments}" if len(method.stages) > 1 else name or method.name
+        label = f"{name}-{stage.segments}" if len(method.stages) > 1 else name
+        gc.collect()  # the last stage's network hangs in a circle of references
         backbone = load()
-        data = open_data(backbone)
-        objective = Distillation(backbone, check_data(data, recipe), method, stage, settings, recipe.seed)
+        data = check_data(open_data(backbone), recipe)
+        objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
         if files:
             objective.start_from(files[-1])
-        training = Run(objective, stage_recipe(recipe, stage), runs / label)
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
-        if not training.advance(minutes=left):
-            tqdm.write(f"{label}: {training.step} of {recipe.updates} updates done; run this again to go on")
+        file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)
+        del backbone, data, objective
+        if file is None:
             break
-        if training.processes.is_main_process:
-            adapters.save(out / f"{label}.safetensors", objective.roles["ema"].adapter(), card(training, name))
-        training.processes.wait_for_everyone()
-        files.append(adapters.inspect(out / f"{label}.safetensors"))
+        files.append(file)
     return files
+
+
+def _finish(
+    objective: Distillation, recipe: Recipe, folder: Path, path: Path, name: str, minutes: float | None
+) -> adapters.AdapterFile | None:
+    """The LoRA file of a stage: the one that is there, or what its training ends with; None if time was up."""
+    if path.is_file() and (done := _finished(path, objective, recipe)):
+        return done
+    training = Run(objective, recipe, folder)
+    if not training.advance(minutes=minutes):
+        tqdm.write(f"{folder.name}: {training.step} of {recipe.updates} updates done; run this again to go on")
+        return None
+    if training.processes.is_main_process:
+        adapters.save(path, objective.roles["ema"].adapter(), card(training, name))
+    training.processes.wait_for_everyone()
+    return adapters.inspect(path)
+
+
+def _finished(path: Path, objective: Distillation, recipe: Recipe) -> adapters.AdapterFile | None:
+    """The file of a stage that was trained for as long as is asked for now; None if there is more to do.
+
+    Raises:
+        RecipeChanged: it was trained in another way.
+    """
+    file = adapters.inspect(path)
+    if differs := differences(file.card.recipe, {**asdict(recipe), **objective.describe()}):
+        raise RecipeChanged(
+            f"{path} was trained with another recipe ({differs}); go back to it, choose another --name, or delete it"
+        )
+    return file if file.card.updates >= recipe.updates else None
+
+
+def check_name(name: str, method: Method) -> str:
+    """A row's name that can be part of a file's name, and belongs to no other method."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+        raise InputError(f"a name has letters, digits, '.', '_' and '-', got {name[:80]!r}; type {method.name}-new")
+    if name in METHODS and name != method.name:
+        raise InputError(f"{name} is the name of another method; type {method.name}-new")
+    return name
+
+
+def check_folder(folder: Path) -> None:
+    """Make it if need be; InputError if nothing can be written there, said before the training and not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise InputError(f"nothing can be written to {folder} ({problem.strerror}); choose another folder") from problem
 
 
 def check_data(data: Data, recipe: Recipe) -> Data:
@@ -332,13 +395,13 @@ def check_data(data: Data, recipe: Recipe) -> Data:
     return data
 
 
-def card(training: Run, name: str | None) -> Adapter:
+def card(training: Run, name: str) -> Adapter:
     """What the LoRA file of a finished stage says of itself."""
     objective = training.objective
     assert isinstance(objective, Distillation)
     method = objective.method
     return Adapter(
-        name=name or method.name,
+        name=name,
         method=method.name,
         backbone=objective.backbone.name,
         base_sha256=objective.backbone.network_sha256,
@@ -355,8 +418,11 @@ def card(training: Run, name: str | None) -> Adapter:
 
 def commit() -> str:
     """The git commit of this package, "-dirty" behind it if files were changed; the version where there is no git."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return __version__
     return told.stdout.strip() or __version__

@@ -57,10 +57,10 @@ class Muon(torch.optim.Optimizer):
         for p in moved:
             if p not in self.state:
                 self.state[p] |= {n: torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
-        states = [self.state[p] for p in moved]
-        first, second, steps = ([s[name] for s in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        kept = {name: [self.state[p][name] for p in moved] for name in ("exp_avg", "exp_avg_sq", "step")}
         adamw(
-            moved, [p.grad for p in moved], first, second, [], steps, fused=True, amsgrad=False, beta1=0.9, beta2=0.999,
+            moved, [p.grad for p in moved], kept["exp_avg"], kept["exp_avg_sq"], [], kept["step"],
+            fused=True, amsgrad=False, beta1=0.9, beta2=0.999,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
         )  # fmt: skip
 

@@ -65,8 +65,8 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
 
 def dry_run(method: Method, backbone: Backbone, settings: Settings, recipe: Recipe) -> Iterator[str]:
     """The plan of a training, line by line: parts, sizes, network calls of an update, seconds."""
-    count, updates = len(method.stages), f"{recipe.updates:,} updates of {recipe.batch} latents"
-    yield f"{method.name} on {backbone.name}: {count} x {updates}"
+    stages = len(method.stages)
+    yield f"{method.name} on {backbone.name}, {stages} stage(s) of {recipe.updates:,} updates of {recipe.batch}"
     for stage in method.stages:
         yield f"  {stage.segments} segment(s): MSE x {stage.mse:g}, adversarial x {stage.adversarial:g}"
     stage = method.stages[-1]
@@ -91,5 +91,6 @@ def dry_run(method: Method, backbone: Backbone, settings: Settings, recipe: Reci
     )
     if backbone.device.type == "cuda":
         yield f"peak of the GPU's memory so far: {torch.cuda.max_memory_allocated(backbone.device) / 1e9:.1f} GB"
-    hours = seconds * recipe.updates * len(method.stages) / 3600
-    yield f"in all about {hours:.1f} h here, pictures and checkpoints not counted"
+    minutes = seconds * recipe.updates * stages / 60
+    time_ = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    yield f"in all about {time_} here, pictures and checkpoints not counted"

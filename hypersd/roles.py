@@ -192,8 +192,8 @@ class Roles:
         # alpha = rank: a scale of 1, which readers that miss the alpha assume anyway
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
         config._register_custom_module({nn.Linear: _Linear, nn.Conv2d: _Conv2d})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+        with warnings.catch_warnings():  # PEFT warns of several adapters on one network, which is what roles are
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, self.network, name)
         parameters = {}
         for path, layer in self.network.named_modules():

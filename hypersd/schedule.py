@@ -174,6 +174,7 @@ class Segments:
 
     timesteps: Tensor  # int64 [N + 1]
     lower: Tensor  # int64 [N + 1]; lower[0] is 0
+    size: int  # points in a segment, N / k
 
     @classmethod
     def of(cls, k: int, n: int = 40, total: int = 1000) -> Segments:
@@ -183,16 +184,18 @@ class Segments:
             InputError: n is no multiple of k, or does not divide `total`.
         """
         if n < 1 or total % n:
-            raise InputError(f"solver points must divide the {total} timesteps, got {n}; type 40")
+            most = max(d for d in _divisors(total) if d <= 40)
+            raise InputError(f"solver points must divide the {total} timesteps, got {n}; type {most}")
         if k < 1 or n % k:
-            raise InputError(f"{n} solver points make no {k} equal segments; choose k from 1, 2, 4, 8")
-        index = torch.arange(n + 1)
+            known = ", ".join(map(str, _divisors(n)))
+            raise InputError(f"{n} solver points make no {k} equal segments; choose k from {known}")
+        index, size = torch.arange(n + 1), n // k
         timesteps = torch.cat([torch.tensor([CLEAN]), index[1:] * (total // n) - 1])
-        return cls(timesteps, (index - 1).clamp_min(0) // (n // k) * (n // k))
+        return cls(timesteps, (index - 1).clamp_min(0) // size * size, size)
 
     def top(self, index: Tensor) -> Tensor:
         """The index of the upper edge of the segment of `index`, int64 [batch]."""
-        return self.lower[index] + int(self.lower.diff().max())
+        return self.lower[index] + self.size
 
     def draw(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(start, previous, end) indices from two uniform variables in [0, 1), float64 [batch].
@@ -203,6 +206,10 @@ class Segments:
         first = 1 + (start * (len(self.timesteps) - 1)).long()
         low, previous = self.lower[first], first - 1
         return first, previous, low + (end * (previous - low + 1)).long()
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

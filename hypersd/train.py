@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hypersd import checkpoint
 from hypersd.muon import Muon
-from hypersd.records import InputError, Problem
+from hypersd.records import InputError, Problem, whole_number
 
 _EXTENDABLE = {"updates", "cooldown"}  # they lie ahead; a change of anything else would belie what was done
 
@@ -58,6 +58,12 @@ class Recipe:
     optimizer: str = "adamw"  # adamw | muon
     accumulate: int = 1  # micro-batches an update: less memory, the same gradient
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; adversarial losses want a short first memory
+
+    def __post_init__(self) -> None:
+        for name, low in (("updates", 1), ("batch", 1), ("accumulate", 1), ("seed", 0)):
+            whole_number(getattr(self, name), name, low, 2**31)
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"the learning rate must be above 0, got {self.lr:g}; type 1e-4")
 
     def rate(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0."""
@@ -155,7 +161,8 @@ class Run:
 
     def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
         self.objective, self.recipe, self.folder = objective, recipe, folder
-        self.processes = PartialState()  # this one of how many, as `accelerate launch` or torchrun set it up
+        self.processes = processes()
+        self.parts = recipe.parts(self.processes.process_index, self.processes.num_processes)
         self.networks = objective.modules()
         self.optimizers = {name: _optimizer(m, recipe) for name, m in self.networks.items()}
         kept: dict[str, nn.Module] = getattr(objective, "averages", dict)()
@@ -197,7 +204,7 @@ class Run:
     def _gradients(self) -> dict[str, float]:
         """Fill the gradients of every module with a loss in this update; returns the losses, over all processes."""
         sums: dict[str, Tensor] = {}
-        for part in self.recipe.parts(self.processes.process_index, self.processes.num_processes):
+        for part in self.parts:
             for name, loss in self.objective.losses(Step(self.step, self.recipe, part)):
                 share = loss * (len(part) / self.recipe.batch)
                 share.backward(inputs=_trainable(self.networks[name]))  # one player's loss reaches no other player
@@ -334,19 +341,40 @@ class Run:
         tqdm.write(f"{self.folder.name}: resumed at update {self.step} of {self.recipe.updates}")
 
     def _same_recipe(self, state: dict[str, Any]) -> None:
-        now = json.loads(json.dumps({**asdict(self.recipe), **self.objective.describe()}))
         later = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}  # options it may not know yet
-        then = {**json.loads(json.dumps(later)), **state["recipe"], **state["objective"]}
-        differs = [
-            f"{k}: {then.get(k)} then, {now.get(k)} now"
-            for k in sorted(now.keys() | then.keys())
-            if now.get(k) != then.get(k) and k not in _EXTENDABLE
-        ]
-        if differs:
+        then = {**later, **state["recipe"], **state["objective"]}
+        if differs := differences(then, {**asdict(self.recipe), **self.objective.describe()}):
             raise RecipeChanged(
-                f"{self.folder} was started with another recipe ({'; '.join(differs)[:300]}); "
+                f"{self.folder} was started with another recipe ({differs}); "
                 f"go back to it, or delete the folder to start anew"
             )
+
+
+def processes() -> PartialState:
+    """This process of how many, as `accelerate launch` or torchrun set it up, and its device."""
+    return PartialState(cpu=not torch.cuda.is_available())  # not told so, each of several on CPUs takes itself for all
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What keeps a training from being the same as an earlier one: "batch: 8 then, 16 now"; "" if nothing does.
+
+    Both are recipe and objective in one dictionary, as JSON or on the way there.
+    """
+    then, now = _plain(then), _plain(now)
+    found = [
+        f"{k}: {then.get(k)} then, {now.get(k)} now"
+        for k in sorted(now.keys() | then.keys())
+        if now.get(k) != then.get(k) and k not in _EXTENDABLE
+    ]
+    return "; ".join(found)[:300]
+
+
+def _plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """{"stage": {"mse": 1.0}} -> {"stage.mse": 1.0}, with lists for tuples: what JSON makes of it, one level deep."""
+    flat: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(tree)).items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hypersd.records import InputError
-from hypersd.schedule import FINAL, PREDICTIONS, Schedule
+from hypersd.records import CLEAN, InputError
+from hypersd.schedule import FINAL, PREDICTIONS, Schedule, Segments
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
@@ -130,3 +132,94 @@ def test_a_timestep_off_the_table_is_an_error(t: int) -> None:
     ours, _ = pair()
     with pytest.raises(IndexError, match="timestep must be from -1 to 999"):
         ours.level(t)
+
+
+# ------------------------------------------------------------------------------- segments of the trajectory
+
+EACH_K = pytest.mark.parametrize("k", [8, 4, 2, 1])
+ALMOST_ONE = 1 - 2**-53  # the largest number below 1 in float64, and the largest that torch.rand gives
+
+
+def outcomes(k: int, n: int = 40) -> Counter[tuple[int, int, int]]:
+    """(start, previous, end) of `draw`, from the middle of each of many equal cells of the unit square.
+
+    9,240 divides evenly by most numbers of ends; for the others a count may be one off.
+    """
+    segments, fine = Segments.of(k, n), 9240
+    cells = (torch.arange(fine, dtype=torch.float64) + 0.5) / fine
+    counts: Counter[tuple[int, int, int]] = Counter()
+    for i in range(n):
+        start = torch.full((fine,), (i + 0.5) / n, dtype=torch.float64)
+        counts.update(zip(*(index.tolist() for index in segments.draw(start, cells)), strict=True))
+    return counts
+
+
+@EACH_K
+def test_every_jump_stays_inside_its_segment(k: int) -> None:
+    segments, size = Segments.of(k), 40 // k
+    for start, previous, end in outcomes(k):
+        lower = (start - 1) // size * size  # by hand: the point at an edge belongs to the segment below it
+        assert int(segments.lower[start]) == lower
+        assert lower <= end <= previous == start - 1 < start <= lower + size == int(segments.top(torch.tensor(start)))
+        t, t_prev, t_end = (int(segments.timesteps[i]) for i in (start, previous, end))
+        assert CLEAN <= t_end <= t_prev < t <= 999
+
+
+@EACH_K
+def test_every_start_and_end_is_reached_and_none_more_often(k: int) -> None:
+    counts, size = outcomes(k), 40 // k
+    assert set(counts) == {
+        (start, start - 1, end) for start in range(1, 41) for end in range((start - 1) // size * size, start)
+    }
+    for (start, _, _), count in counts.items():
+        ends = (start - 1) % size + 1
+        assert abs(count - 9240 / ends) <= 1, f"start {start} has {ends} ends, one of them {count} times in 9,240"
+
+
+@EACH_K
+def test_segment_edges_are_the_timesteps_of_a_drawing(k: int) -> None:
+    segments, (schedule, _) = Segments.of(k), pair()
+    edges = {int(segments.timesteps[i]) for i in segments.lower}
+    assert edges == {CLEAN, *schedule.timesteps(k, "trailing")[1:]}
+    for steps in range(k, 41, k):  # a drawing in any multiple of k steps visits every edge of k segments
+        assert set(schedule.timesteps(k, "trailing")) <= set(schedule.timesteps(steps, "trailing"))
+    assert segments.timesteps.tolist()[:0:-1] == schedule.timesteps(40, "trailing")
+
+
+@EACH_K
+@pytest.mark.parametrize("n", [40, 1000, 200, 8])
+def test_random_numbers_next_to_0_and_1_stay_on_the_table(k: int, n: int) -> None:
+    segments = Segments.of(k, n)
+    nearly, nothing = (torch.tensor([u], dtype=torch.float64) for u in (ALMOST_ONE, 0.0))
+    assert [int(i) for i in segments.draw(nothing, nothing)] == [1, 0, 0]
+    assert [int(i) for i in segments.draw(nearly, nearly)] == [n, n - 1, n - 1]
+    assert [int(i) for i in segments.draw(nearly, nothing)] == [n, n - 1, n - n // k]
+    for start in range(n):  # the middle of a start's interval, and its two ends
+        for u in (start / n, (start + 0.5) / n, math.nextafter((start + 1) / n, 0)):
+            first, previous, end = segments.draw(torch.tensor([u], dtype=torch.float64), nearly)
+            assert abs(int(first) - start - 1) <= (u != (start + 0.5) / n)
+            assert int(end) == int(previous) == int(first) - 1
+
+
+def test_starts_are_uniform_too() -> None:
+    cells = (torch.arange(40_000, dtype=torch.float64) + 0.5) / 40_000
+    first, _, _ = Segments.of(8).draw(cells, torch.zeros_like(cells))
+    assert Counter(first.tolist()) == dict.fromkeys(range(1, 41), 1000)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "total", "sentence"),
+    [
+        (3, 40, 1000, "40 solver points make no 3 equal segments; choose k from 1, 2, 4, 5, 8, 10, 20, 40"),
+        (0, 40, 1000, "40 solver points make no 0 equal segments"),
+        (-8, 40, 1000, "40 solver points make no -8 equal segments"),
+        (8, 4, 1000, "4 solver points make no 8 equal segments"),
+        (8, 48, 1000, "solver points must divide the 1000 timesteps, got 48; type 40"),
+        (8, 0, 1000, "solver points must divide the 1000 timesteps, got 0"),
+        (8, -40, 1000, "got -40"),
+        (1, 40, 90, "solver points must divide the 90 timesteps, got 40; type 30"),
+    ],
+)
+def test_segments_that_would_not_be_equal_are_refused(k: int, n: int, total: int, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        Segments.of(k, n, total)

@@ -1,0 +1,473 @@
+"""Distillation: the objective, its stages one after the other, its command line; calls, gradients, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stages
+import tiny
+import torch
+from PIL import Image
+from stages import RECIPE, SETTINGS, STAGE, Latents, objective
+from torch import Tensor
+
+import hypersd.__main__ as command_line
+from hypersd import adapters, checkpoint, distill, plan
+from hypersd.backbone import Backbone
+from hypersd.distill import Distillation, Settings
+from hypersd.methods import METHODS, Stage
+from hypersd.records import InputError
+from hypersd.schedule import PREDICTIONS
+from hypersd.train import Recipe, RecipeChanged, Run, Step
+
+B = 8
+STEP = Step(3, RECIPE)
+NEUTRAL = replace(SETTINGS, guidance=(1.0, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Equal bits whatever the machine, and as fast: the model is tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def backbone(tiny_folder: Path) -> Backbone:
+    """One of its own: roles stay on a network."""
+    return Backbone.load(tiny_folder)
+
+
+def gradients(made: Distillation, step: Step = STEP) -> dict[str, tuple[float, list[Tensor]]]:
+    """{module: (loss, gradient of every parameter)}, of each loss alone."""
+    found = {}
+    for name, loss in made.losses(step):
+        module = made.modules()[name]
+        found[name] = (float(loss.detach()), list(torch.autograd.grad(loss, list(module.parameters()))))
+    return found
+
+
+# ------------------------------------------------------------------------------------ calls, and who learns
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "settings", "calls"),
+    [
+        ("lcm", Stage(), SETTINGS, (1, 2, 4 * B)),  # the guided teacher is one launch of two samples
+        ("tcd", Stage(), SETTINGS, (1, 2, 4 * B)),
+        ("tscd", Stage(segments=8), SETTINGS, (1, 2, 4 * B)),
+        ("tscd", STAGE, SETTINGS, (2, 3, 6 * B)),  # the adversary looks at the fake with gradient, the real without
+        ("tcd", Stage(), NEUTRAL, (1, 2, 3 * B)),
+    ],
+)
+def test_network_calls_of_an_update(
+    method: str, stage: Stage, settings: Settings, calls: tuple[int, int, int], backbone: Backbone, tmp_path: Path
+) -> None:
+    run = Run(objective(backbone, method, stage, settings), replace(RECIPE, accumulate=1), tmp_path)
+    with plan.counted(backbone.unet) as counts:
+        run.update()
+    assert (counts["with gradient"], counts["without gradient"], counts["samples"]) == calls
+
+
+def test_each_loss_teaches_its_own_module_and_nothing_else(backbone: Backbone, tmp_path: Path) -> None:
+    made = objective(backbone, ready=True)
+    alone = gradients(made)
+    run = Run(made, replace(RECIPE, accumulate=1, clip=1e9), tmp_path)
+    run.step = STEP.index
+    entry = run.update()
+    for name, module in made.modules().items():
+        assert entry[name] == pytest.approx(alone[name][0], rel=1e-5)
+        for (parameter_name, p), gradient in zip(module.named_parameters(), alone[name][1], strict=True):
+            assert p.grad is not None
+            learns = bool(p.grad.abs().max() > 0) or parameter_name.endswith(".6.bias")
+            assert learns, f"{name}: {parameter_name} learns nothing"  # but a last bias, where the hinges balance
+            torch.testing.assert_close(p.grad, gradient)
+    learners = {id(p) for module in made.modules().values() for p in module.parameters()}
+    others = {name: p for name, p in backbone.unet.named_parameters() if id(p) not in learners}
+    assert len(others) > 100
+    assert not [name for name, p in others.items() if p.grad is not None or p.requires_grad]
+
+
+def test_an_update_moves_student_adversary_and_average_only(backbone: Backbone, tmp_path: Path) -> None:
+    made = objective(backbone, ready=True)
+    before = {name: p.detach().clone() for name, p in backbone.unet.named_parameters()}
+    heads = [p.detach().clone() for p in made.modules()["adversary"].parameters()]
+    Run(made, RECIPE, tmp_path).update()
+    moved = {name for name, p in backbone.unet.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".student." in name or ".ema." in name}
+    assert sum(map(torch.equal, heads, made.modules()["adversary"].parameters())) <= 3  # last biases, see above
+
+
+def test_gradients_are_the_same_with_activation_checkpointing(backbone: Backbone) -> None:
+    made = objective(backbone, ready=True)
+    plain = gradients(made)
+    backbone.unet.train()  # where diffusers looks whether to checkpoint
+    made.roles.checkpointing()
+    for name, (loss, found) in gradients(made).items():
+        assert loss == pytest.approx(plain[name][0])
+        torch.testing.assert_close(found, plain[name][1], rtol=1e-4, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- what the loss is
+
+
+def test_tscd_in_one_segment_without_adversary_is_tcd(tiny_folder: Path) -> None:
+    tcd, tscd = (gradients(objective(Backbone.load(tiny_folder), m, Stage(), ready=True)) for m in ("tcd", "tscd"))
+    assert tcd["student"][0] == tscd["student"][0] > 0
+    assert all(map(torch.equal, tcd["student"][1], tscd["student"][1]))
+
+
+def test_more_segments_offset_noise_or_an_adversary_are_not_tcd(tiny_folder: Path) -> None:
+    def loss(stage: Stage) -> float:
+        return gradients(objective(Backbone.load(tiny_folder), "tscd", stage, ready=True))["student"][0]
+
+    whole = loss(Stage())
+    assert whole not in {loss(Stage(segments=8)), loss(Stage(offset_noise=0.05)), loss(Stage(adversarial=0.1))}
+    assert loss(Stage(mse=0.5)) == pytest.approx(whole / 2)
+
+
+def test_jumps_stay_within_a_segment_and_the_noisiest_latent_is_noise_alone(tiny_folder: Path) -> None:
+    for k in (8, 4, 2, 1):
+        backbone = Backbone.load(tiny_folder)
+        made = Distillation(backbone, Latents.of(backbone), METHODS["tscd"], Stage(segments=k), SETTINGS)
+        wide = Step(0, replace(RECIPE, batch=400))
+        at = made.places(wide)
+        assert ((at.t_end <= at.t_prev) & (at.t_prev < at.t) & (at.t <= at.t_top)).all()
+        assert set((at.t - at.t_prev).tolist()) <= {24, 25}  # 24 from the first point down to 0
+        assert at.t_top.unique().tolist() == sorted(backbone.schedule.timesteps(k, "trailing"))
+        noisiest = at.t == 999
+        assert 0 < noisiest.sum() < 40
+        assert torch.equal(at.x_t[noisiest], wide.randn("noise", backbone.latent_shape)[noisiest])
+
+
+def test_offset_noise_is_the_same_all_over_a_channel(tiny_folder: Path) -> None:
+    plain, offset = (
+        objective(Backbone.load(tiny_folder), "tscd", Stage(offset_noise=s)).places(STEP) for s in (0.0, 2.0)
+    )
+    _, sigma = Backbone.load(tiny_folder).schedule.level(plain.t)
+    shift = ((offset.x_t - plain.x_t) / torch.where(plain.t.view(-1, 1, 1, 1) == 999, 1.0, sigma)).flatten(2)
+    torch.testing.assert_close(shift, shift.mean(-1, keepdim=True).expand_as(shift), rtol=0, atol=1e-4)
+    assert shift[..., 0].std() == pytest.approx(2.0, rel=0.3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_teacher_is_guided_by_the_users_scale(prediction: str, tmp_path: Path) -> None:
+    """eps_unc + g (eps_cond - eps_unc), g drawn for each latent; LCM's w is g - 1. Then one DDIM step."""
+    backbone = Backbone.load(tiny.build(tmp_path, prediction))
+    made = objective(backbone, "tscd", ready=True)
+    at = made.places(STEP)
+    x_prev = made.teacher_step(at)
+    schedule = backbone.schedule
+    with torch.no_grad():
+        conditional, unconditional = (
+            schedule.split(backbone.predict(at.x_t, at.t, states), at.x_t, at.t)
+            for states in (at.states, made.data.empty.expand_as(at.states))
+        )
+    g = (3 + 5 * STEP.uniform("guidance")).float().view(-1, 1, 1, 1)
+    assert g.unique().numel() == B and g.min() >= 3 and g.max() < 8
+    x0, eps = (u + g * (c - u) for c, u in zip(conditional, unconditional, strict=True))
+    lcm_x0, lcm_eps = (c + (g - 1) * (c - u) for c, u in zip(conditional, unconditional, strict=True))
+    there = schedule.level(at.t_prev)
+    for clean, noise in ((x0, eps), (lcm_x0, lcm_eps)):
+        torch.testing.assert_close(x_prev, there.alpha * clean + there.sigma * noise, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_1_asks_for_the_caption_only(tiny_folder: Path) -> None:
+    backbone = Backbone.load(tiny_folder)
+    made = objective(backbone, "tcd", settings=NEUTRAL, ready=True)
+    at = made.places(STEP)
+    with plan.counted(backbone.unet) as calls:
+        once = made.teacher_step(at)
+    assert calls == Counter({"without gradient": 1, "samples": B})
+    nearly = objective(Backbone.load(tiny_folder), "tcd", settings=replace(SETTINGS, guidance=(1.0, 1.0 + 1e-9)))
+    torch.testing.assert_close(nearly.teacher_step(nearly.places(STEP)), once, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_each_role_answers_in_x0_and_eps_whatever_the_network_predicts(prediction: str, tmp_path: Path) -> None:
+    backbone = Backbone.load(tiny.build(tmp_path, prediction))
+    made = objective(backbone, ready=True)
+    at = made.places(STEP)
+    answers = {}
+    for role in ("student", "ema"):
+        x0, eps = made.estimate(role, at.x_t, at.t, at.states)
+        alpha, sigma = backbone.schedule.level(at.t)
+        torch.testing.assert_close(alpha * x0 + sigma * eps, at.x_t, rtol=1e-4, atol=1e-4)
+        assert x0.requires_grad == (role == "student")
+        answers[role] = x0
+    assert not torch.allclose(answers["student"], answers["ema"], atol=1e-2)
+    losses = {name: loss for name, (loss, _) in gradients(made).items()}
+    assert set(losses) == {"student", "adversary"} and all(np.isfinite(list(losses.values())))
+
+
+def test_the_adversary_judges_between_the_end_of_the_jump_and_the_top(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake and real are noised alike, to the level that the timestep promises."""
+    for k in (4, 1):
+        backbone = Backbone.load(tiny_folder)
+        made = objective(backbone, "tscd", replace(STAGE, segments=k))
+        seen: list[tuple[Tensor, Tensor]] = []
+        real = distill.adversary.features
+
+        def note(network: Any, x: Tensor, t: Tensor, states: Tensor, seen: Any = seen, real: Any = real) -> Any:
+            seen.append((x, t))
+            return real(network, x, t, states)
+
+        monkeypatch.setattr(distill.adversary, "features", note)
+        step = Step(1, replace(RECIPE, batch=200))
+        at = made.places(step)
+        zero, one = torch.zeros_like(at.x_t), torch.ones_like(at.x_t)
+        made.fool(zero, at, step)
+        made.tell(one, at, step)
+        monkeypatch.undo()
+        (fake, t), (other, t_other) = seen
+        assert torch.equal(t, t_other)
+        assert ((at.t_end <= t) & (t <= at.t_top)).all() and (t > at.t_end).any()
+        there, here = backbone.schedule.level(t), backbone.schedule.level(at.t_end)
+        ratio = there.alpha / here.alpha
+        torch.testing.assert_close(other - fake, ratio.expand_as(fake), rtol=0, atol=1e-5)  # the signal that is left
+        added = (1 - ratio**2).clamp_min(0) ** 0.5  # and the noise: sigma_t^2 = ratio^2 sigma_end^2 + added^2
+        torch.testing.assert_close((ratio * here.sigma) ** 2 + added**2, there.sigma**2, rtol=1e-3, atol=1e-6)
+        size = (fake / added.clamp_min(1e-9))[(t > at.t_end)].std()
+        assert float(size) == pytest.approx(1.0, rel=0.05)
+
+
+# ------------------------------------------------------------------------------ the same update cut differently
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    found = {f"{n}.{k}": v.clone() for n, m in run.networks.items() for k, v in m.state_dict().items()}
+    return found | {f"average.{n}.{k}": v.clone() for n, a in run.average.items() for k, v in a.items()}
+
+
+def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: Path, tmp_path: Path) -> None:
+    """To 1e-6 of the weights after three updates that moved them by 3e-5: AdamW makes much of a tiny gradient's
+    rounding, up to the whole rate, so the rate is small; losses and gradients agree to what sums in float32 allow."""
+    recipe = replace(RECIPE, lr=1e-5, warmup=1)
+    runs = [
+        Run(objective(Backbone.load(tiny_folder), ready=True), replace(recipe, accumulate=n), tmp_path / str(n))
+        for n in (1, 4)
+    ]
+    before = weights(runs[0])
+    for _ in range(3):
+        whole, pieces = (run.update() for run in runs)
+        assert pieces == pytest.approx(whole, rel=1e-4)
+    whole_weights, pieces_weights = map(weights, runs)
+    assert {name.split(".")[0] for name in whole_weights} == {"student", "adversary", "average"}
+    for name, tensor in whole_weights.items():
+        torch.testing.assert_close(pieces_weights[name], tensor, rtol=0, atol=1e-6)
+        assert name.endswith("6.bias") or float((tensor - before[name]).abs().max()) > 5e-6, f"{name} did not move"
+
+
+def launch(model: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+    given = [sys.executable, str(Path(stages.__file__)), str(model), str(folder), *options]
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(given, cwd=root, env={**os.environ, "PYTHONPATH": str(root), **environment})
+
+
+def final_bytes(folder: Path) -> str:
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == f"step-{RECIPE.updates:08d}"
+    return checkpoint.sha256(newest / "tensors.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of RECIPE that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    torch.set_num_threads(1)
+    made = objective(Backbone.load(tiny_folder))
+    made.sheet = lambda folder, step: {}  # type: ignore[method-assign]
+    Run(made, RECIPE, folder).advance()
+    return folder
+
+
+def test_two_processes_give_the_weights_of_one(tiny_folder: Path, tmp_path: Path, unbroken: Path) -> None:
+    """gloo, each with half the batch, against one process that accumulates two halves: not a bit differs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    both = [
+        launch(tiny_folder, tmp_path, "--accumulate", "1", RANK=str(i), LOCAL_RANK=str(i), **common) for i in (0, 1)
+    ]
+    assert [process.wait(300) for process in both] == [0, 0]
+    assert final_bytes(tmp_path) == final_bytes(unbroken)
+    mine, theirs = (json.loads((f / "log.jsonl").read_text().splitlines()[-1]) for f in (tmp_path, unbroken))
+    assert mine == pytest.approx(theirs)
+
+
+def test_kill_9_in_the_middle_of_an_update_in_a_later_epoch_twice(
+    tiny_folder: Path, tmp_path: Path, unbroken: Path
+) -> None:
+    """20 latents, 8 an update in two micro-batches: the 28th asked for is in update 3 of 6, epoch 2, half way."""
+    made = objective(Backbone.load(tiny_folder))
+    for die_at, done in ((28, 3), (12, 4)):
+        assert launch(tiny_folder, tmp_path, "--die-at", str(die_at)).wait(300) == -signal.SIGKILL
+        assert checkpoint.latest(tmp_path / "checkpoints").step == done  # type: ignore[union-attr]
+    made.sheet = lambda folder, step: {}  # type: ignore[method-assign]
+    run = Run(made, RECIPE, tmp_path)
+    assert run.advance()
+    assert len(made.data.asked) == (RECIPE.updates - 4) * RECIPE.batch  # type: ignore[attr-defined]
+    assert [entry["step"] for entry in run.log] == list(range(RECIPE.updates))
+    assert final_bytes(tmp_path) == final_bytes(unbroken)
+
+
+# ------------------------------------------------------------------------------------------- optimizers, clipping
+
+
+def test_betas_rate_and_clipping_reach_both_optimizers(backbone: Backbone, tmp_path: Path) -> None:
+    made = objective(backbone, ready=True)
+    alone = gradients(made, Step(0, RECIPE))
+    recipe = distill.stage_recipe(replace(RECIPE, accumulate=1, clip=1e-3), STAGE)
+    run = Run(made, recipe, tmp_path)
+    entry = run.update()
+    for name, optimizer in run.optimizers.items():
+        (group,) = optimizer.param_groups
+        assert tuple(group["betas"]) == (0.0, 0.99)
+        assert group["lr"] == recipe.rate(0) == pytest.approx(recipe.lr / 2)
+        length = float(torch.cat([g.flatten() for g in alone[name][1]]).norm())
+        assert entry[f"{name}/norm"] == pytest.approx(length, rel=1e-3)
+        assert length > 1e-3
+        clipped = torch.cat([p.grad.flatten() for p in run.networks[name].parameters() if p.grad is not None])
+        assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-2)
+    assert distill.stage_recipe(RECIPE, Stage()).betas == (0.9, 0.999)
+
+
+# --------------------------------------------------------------------------------------------- stage after stage
+
+SHORT = Recipe(updates=1, batch=4, lr=1e-2, warmup=1, weight_decay=0.0, ema=0.9)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "SHEET_STEPS", (1,))
+    monkeypatch.setattr(distill, "TEACHER_STEPS", 2)
+
+
+def train(model: Path, folder: Path, settings: Settings = SETTINGS, recipe: Recipe = SHORT, **options: Any) -> Any:
+    options = {"load": lambda: Backbone.load(model), "open_data": Latents.of, **options}
+    load, open_data = options.pop("load"), options.pop("open_data")
+    method = METHODS[options.pop("method", "tscd")]
+    return distill.run(method, load, open_data, settings, recipe, folder / "runs", folder / "out", **options)
+
+
+@pytest.mark.usefixtures("quick")
+def test_stages_follow_each_other_and_a_finished_one_is_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[weakref.ref[Any]] = []
+
+    def load() -> Backbone:
+        assert not [base for base in bases if base() is not None], "the last stage's network is still in memory"
+        backbone = Backbone.load(tiny_folder)
+        bases.append(weakref.ref(backbone.unet))
+        return backbone
+
+    files = train(tiny_folder, tmp_path, load=load)
+    assert [f.path.name for f in files] == [f"tscd-{k}.safetensors" for k in (8, 4, 2, 1)]
+    assert [f.card.recipe["start"] for f in files] == ["", *(f.sha256 for f in files[:-1])]
+    for file in files:
+        width = (len(distill.SHEET_STEPS) + 1) * 32
+        sheet = Image.open(tmp_path / "runs" / file.path.stem / "sheet.png")
+        assert sheet.size == (width, 32 * len(SETTINGS.prompts))
+    assert len(list((tmp_path / "runs").glob("teacher-*.npy"))) == 1
+
+    monkeypatch.setattr(distill, "commit", lambda: "another")  # the package moves on, the finished stages stay
+    (tmp_path / "out" / "tscd-1.safetensors").unlink()
+    monkeypatch.setattr(Run, "update", lambda self: pytest.fail("a finished stage was trained again"))
+    again = train(tiny_folder, tmp_path)
+    assert [f.sha256 for f in again[:-1]] == [f.sha256 for f in files[:-1]]
+    old, new = (adapters.load(f.path) for f in (files[-1], again[-1]))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+    for settings, recipe, sentence in (
+        (replace(SETTINGS, rank=3), SHORT, r"settings\.rank: 2 then, 3 now"),
+        (SETTINGS, replace(SHORT, lr=0.5), r"lr: 0\.01 then, 0\.5 now"),
+        (replace(SETTINGS, guidance=(2.0, 4.0)), SHORT, r"settings\.guidance: \[3\.0, 8\.0\] then, \[2\.0, 4\.0\] now"),
+    ):
+        with pytest.raises(RecipeChanged, match=rf"tscd-8\.safetensors was trained with another recipe \({sentence}\)"):
+            train(tiny_folder, tmp_path, settings, recipe)
+    assert [adapters.inspect(f.path).sha256 for f in files[:-1]] == [f.sha256 for f in files[:-1]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = replace(SHORT, updates=2)
+    (whole,) = train(tiny_folder, tmp_path / "whole", recipe=recipe, method="lcm")
+    assert train(tiny_folder, tmp_path / "parts", recipe=recipe, method="lcm", minutes=0) == []
+    (parts,) = train(tiny_folder, tmp_path / "parts", recipe=recipe, method="lcm", minutes=5)
+    assert parts.sha256 == whole.sha256
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("tcsd", "method must be one of lcm, tcd, tscd, got 'tcsd'"),
+        ("base", "method must be one of lcm, tcd, tscd, got 'base'"),
+        ("tcd --batch 21", "the data holds 20 samples, fewer than a batch of 21"),
+        ("tcd --batch 4 --accumulate 3", "a batch of 4 cannot be cut into 3 equal parts"),
+        ("tcd --batch 0", "batch must be a whole number from 1"),
+        ("tcd --updates -1", "updates must be a whole number from 1"),
+        ("tcd --rank 0", "rank must be a whole number from 1"),
+        ("tcd --lr nan", "the learning rate must be above 0, got nan"),
+        ("tcd --guidance 8-3", "the guidance range runs from 8 down to 3; type 3-8"),
+        ("tcd --guidance 0.5", "guidance must be a number from 1 to 30, got '0.5'"),
+        ("tcd --name ../up", "a name has letters, digits"),
+        ("tcd --name lcm", "lcm is the name of another method; type tcd-new"),
+        ("tcd --out file", "nothing can be written to file (File exists)"),
+        ("tcd --out file/below", "nothing can be written to file/below (Not a directory)"),
+        ("tcd --backbone nowhere", "or a model's folder, got 'nowhere'"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence(
+    given: str, sentence: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command_line, "_opener", lambda data, runs: Latents.of)
+    Path("file").write_text("kept")
+    backbone = [] if "--backbone" in given else ["--backbone", str(tiny_folder)]
+    out = [] if "--out" in given else ["--out", "out"]
+    assert command_line.main(["distill", *given.split(), *backbone, *out]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("hypersd: ") and sentence in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert Path("file").read_text() == "kept"
+
+
+def test_prompts_alone_are_no_data_for_distillation(tiny_folder: Path, tmp_path: Path) -> None:
+    def prompts(backbone: Backbone) -> Latents:
+        return replace(Latents.of(backbone), latents=None)
+
+    with pytest.raises(InputError, match="the data holds prompts only"):
+        train(tiny_folder, tmp_path, open_data=prompts)
+
+
+def test_the_dry_run_says_what_it_will_take(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(["distill", "tscd", "--backbone", str(tiny_folder), "--batch", "8", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in ("8 segment(s): MSE x 1, adversarial x 0", "1 segment(s): MSE x 0.1, adversarial x 1",
+                  "in memory once", "student ", "adversary ", "network call(s) with gradient", "in all"):  # fmt: skip
+        assert words in said
+    assert list(tmp_path.iterdir()) == []
