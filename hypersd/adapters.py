@@ -77,8 +77,8 @@ def _card(text: str, name: str) -> Adapter:
             told[number] = whole_number(told[number], number, low, high)
         for number in ("start", "end"):
             told[number] = whole_number(told.get(number, getattr(Adapter, number)), number, 0, 10**6)
-        for number, low, high in (("guidance", 0.0, 30.0), ("eta", 0.0, 1.0), ("scale", -100.0, 100.0)):
-            told[number] = real_number(told.get(number, getattr(Adapter, number, None)), number, low, high)
+        for amount, least, most in (("guidance", 0.0, 30.0), ("eta", 0.0, 1.0), ("scale", -100.0, 100.0)):
+            told[amount] = real_number(told.get(amount, getattr(Adapter, amount, None)), amount, least, most)
         return Adapter(**told)
     except (AttributeError, ValueError) as problem:  # InputError is a ValueError
         why = problem if isinstance(problem, InputError) else "they are no JSON object"
@@ -198,7 +198,7 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in adapter.items():
         half = tensor.detach().to(torch.float16).contiguous().cpu()
         if not half.isfinite().all():
@@ -248,7 +248,7 @@ def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) ->
     kept = [p for key, p in weights.items() if key.removesuffix(".weight") not in touched]
     worn = copy.deepcopy(network, {id(p): p for p in kept})
     for name in touched:
-        weight = worn.get_submodule(name).weight.data
+        weight: Tensor = worn.get_parameter(f"{name}.weight").data
         delta = adapter[f"{name}.lora_B"].flatten(1) @ adapter[f"{name}.lora_A"].flatten(1)
         weight.copy_(weight.float() + scale * delta.view_as(weight).to(weight.device))
     return worn

@@ -23,7 +23,7 @@ class _Enough(Exception):
 class Adversary(nn.Module):
     """A head for every down block and the middle block of a UNet2DConditionModel."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         widths = [*network.config.block_out_channels, network.config.block_out_channels[-1]]
         self.heads = nn.ModuleList(_head(width) for width in widths)
@@ -45,7 +45,7 @@ def _head(width: int) -> nn.Module:
     )
 
 
-def features(network: nn.Module, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
+def features(network: Any, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
     """What the network sees: the output of each down block and of the middle block, [batch, width, h, w] each.
 
     Runs in the network's dtype, whatever that of the latents and states; stops after the middle block.

@@ -21,6 +21,7 @@ loses the part of s B A that is below its rounding: keep small bases in float32,
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ class _Layer:
     """What the two kinds of layer have in common: the base layer and its low-rank additions, by role."""
 
     worn: _Worn
-    base_layer: nn.Module
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
+    base_layer: Any  # nn.Linear or nn.Conv2d
+    lora_A: Any  # nn.ModuleDict of the same kind, by role
+    lora_B: Any
     scaling: dict[str, float]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,14 +91,17 @@ class _Layer:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return (self.scaling[name] * b.flatten(1) @ a.flatten(1)).view_as(self.base_layer.weight)
 
+    @abstractmethod
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError  # one of the two classes below answers
+        """The base layer with another weight."""
 
+    @abstractmethod
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
-        raise NotImplementedError
+        """A x"""
 
+    @abstractmethod
     def _up(self, x: Tensor, b: Tensor) -> Tensor:
-        raise NotImplementedError
+        """B x"""
 
 
 class _Linear(_Layer, lora.Linear):
@@ -107,7 +111,8 @@ class _Linear(_Layer, lora.Linear):
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)
 
-    _up = _down
+    def _up(self, x: Tensor, b: Tensor) -> Tensor:
+        return F.linear(x, b)
 
 
 class _Conv2d(_Layer, lora.Conv2d):
@@ -167,7 +172,7 @@ class Roles:
         InputError: the network carries LoRA layers already, of other Roles or of PEFT's own.
     """
 
-    def __init__(self, network: nn.Module, *, merged: bool | None = None) -> None:
+    def __init__(self, network: Any, *, merged: bool | None = None) -> None:
         size = sum(p.numel() for p in network.parameters())
         self._worn = _Worn(size < SMALL if merged is None else merged)
         self._refuse_others(network)

@@ -261,8 +261,14 @@ def test_a_network_with_roles_on_is_not_merged_into(tiny_folder: Path, adapter: 
 
 
 def test_an_adapter_is_merged_once(tiny_folder: Path, file: AdapterFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone, made = Backbone.load(tiny_folder), []
-    monkeypatch.setattr("hypersd.backbone.fused", lambda *a: made.append(1) or fused(*a))
+    backbone = Backbone.load(tiny_folder)
+    made: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        made.append(1)
+        return fused(*arguments)
+
+    monkeypatch.setattr("hypersd.backbone.fused", counting)
     first, again = ours(backbone, file), ours(backbone, file)
     assert torch.equal(first, again) and len(made) == 1
 
@@ -347,7 +353,7 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = {
+DAMAGES: dict[Callable[[Path], None], str] = {
     cut: r"is truncated or damaged \([\d,]+ bytes instead of [\d,]+\); copy it again",
     longer: r"is truncated or damaged \([\d,]+ bytes instead of [\d,]+\); copy it again",
     cut_header: r"is truncated or damaged \(no readable header\); copy it again",

@@ -461,7 +461,7 @@ def test_a_stopped_comparison_is_remembered_from_its_first_picture_on() -> None:
         async for _, _, _, past, _ in told:
             if past != SKIPPED:
                 await told.aclose()
-                return past  # type: ignore[no-any-return]
+                return past
         return []
 
     assert [entry["title"] for entry in asyncio.run(leave_early())] == ["a cat"]

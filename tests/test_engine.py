@@ -260,7 +260,7 @@ def test_the_drawing_happens_in_the_callers_context() -> None:
 
 def test_the_shelf_forgets_what_was_not_asked_for_longest() -> None:
     size = len(paint(CAT, "base").pixels)
-    shelf = Shelf(2 * size)
+    shelf: Shelf[Drawing] = Shelf(2 * size)
     for key in "ab":
         shelf.put(key, Drawing(paint(CAT, "base")))
     shelf.get("a")

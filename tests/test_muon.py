@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_all_but_the_inner_matrices_go_by_adamw() -> None:
 
 
 def test_weight_decay_is_decoupled_and_what_has_no_gradient_rests() -> None:
-    module = network()
+    module: Any = network()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     module["middle"].weight.grad = torch.zeros_like(module["middle"].weight)
     Muon(module, lr=0.1, weight_decay=0.5).step()
@@ -93,7 +94,7 @@ def test_the_state_travels() -> None:
 
 
 def test_frozen_parameters_are_not_its_business() -> None:
-    module = network()
+    module: Any = network()
     module["wide"].requires_grad_(False)
     held = {id(p) for group in Muon(module, 1e-2, 0.0).param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters() if p.requires_grad}

@@ -131,8 +131,8 @@ class Small(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1)
         ).double()
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Level, s: Level) -> Tensor:
         angles = torch.cat([torch.atan2(level.sigma, level.alpha).flatten(1) for level in (t, s)], 1)
