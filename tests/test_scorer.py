@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_text import TEXTS
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hypersd.emoji import artwork, scorer, text
 from hypersd.train import Recipe, Run, Step
@@ -60,7 +60,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, scorer.Sco
         p.data = p.data.half().float()
     folder = tmp_path_factory.mktemp("scorer")
     scorer.export(made, folder)
+    keep_trunk(made, folder)
     return folder, made
+
+
+def keep_trunk(made: scorer.Scorer, folder: Path) -> None:
+    """The text encoder and tokenizer that a scorer shares with the embedded model, where the tests look for them."""
+    trunk = CLIPTextModel(made.text.config)
+    trunk.load_state_dict(made.text.text_model.state_dict())
+    trunk.to(torch.float16).save_pretrained(folder / "text_encoder")
+    text.save_tokenizer(made.tokenizer, folder / "tokenizer")
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
@@ -132,7 +141,7 @@ def test_the_text_trunk_stays_as_it_was() -> None:
 
 def test_what_is_read_back_scores_alike(exported: tuple[Path, scorer.Scorer]) -> None:
     folder, made = exported
-    loaded = scorer.load(folder)
+    loaded = scorer.load(folder, folder)
     pictures = squares()[0][:3]
     torch.testing.assert_close(scorer.embed_pictures(loaded, pictures), scorer.embed_pictures(made, pictures))
     torch.testing.assert_close(scorer.embed_texts(loaded, TEXTS), scorer.embed_texts(made, TEXTS))
@@ -146,8 +155,14 @@ def test_texts_are_padded_without_effect(exported: tuple[Path, scorer.Scorer]) -
     torch.testing.assert_close(scorer.embed_texts(made, TEXTS, batch=3), full, atol=1e-5, rtol=1e-4)
 
 
+def test_another_text_encoder_is_refused(exported: tuple[Path, scorer.Scorer], tmp_path: Path) -> None:
+    keep_trunk(scorer.Scorer(scorer.image_tower(), *towers(1)), tmp_path)
+    with pytest.raises(artwork.ArtworkError, match="was trained on another text encoder"):
+        scorer.load(exported[0], tmp_path)
+
+
 def test_any_size_of_picture_and_gradients_for_a_reward(exported: tuple[Path, scorer.Scorer]) -> None:
-    made = scorer.load(exported[0])
+    made = scorer.load(exported[0], exported[0])
     x = torch.rand(2, 3, 96, 96, requires_grad=True)
     made.pictures(x).sum().backward()
     assert x.grad is not None
@@ -175,6 +190,6 @@ def test_only_what_is_done_becomes_an_asset(tmp_path: Path, monkeypatch: pytest.
     assert not assets.exists()
     scorer.make(tmp_path, only="b", assets=assets)
     assert [f.name for f in assets.iterdir()] == ["emoji-scorer-b"]
-    projection = scorer.load(assets / "emoji-scorer-b").text.text_projection.weight
+    projection = scorer.load(assets / "emoji-scorer-b", tmp_path / "text" / "export").text.text_projection.weight
     assert (projection - tower.head.weight).abs().max() < 0.005  # it began as the head the tower was distilled with
     assert tower.head.weight.abs().max() > 0.05

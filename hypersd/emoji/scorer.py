@@ -24,9 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hypersd.emoji import artwork, text
 from hypersd.emoji.autoencoder import to_float
@@ -79,13 +86,18 @@ def image_tower() -> ResNetForImageClassification:
 def text_tower(folder: Path) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
     """The embedded model's text encoder, frozen, with a projection that begins as the head it was distilled with."""
     tower, tokenizer = text.load(folder)
-    config = copy.deepcopy(tower.text_encoder.config)
+    return projecting(tower.text_encoder, tower.head.weight.detach()), tokenizer
+
+
+def projecting(encoder: CLIPTextModel, projection: Tensor) -> CLIPTextModelWithProjection:
+    """The encoder, frozen, with this projection [384, 256] of its end token's state."""
+    config = copy.deepcopy(encoder.config)
     config.projection_dim = SPACE
     with_projection = CLIPTextModelWithProjection(config)
-    with_projection.text_projection.load_state_dict(tower.head.state_dict())
-    with_projection.text_model.load_state_dict(tower.text_encoder.state_dict())
+    with_projection.text_projection.load_state_dict({"weight": projection})
+    with_projection.text_model.load_state_dict(encoder.state_dict())
     with_projection.text_model.requires_grad_(False)
-    return with_projection, tokenizer
+    return with_projection
 
 
 def shrink(x: Tensor) -> Tensor:
@@ -250,29 +262,47 @@ def _bytes(x: Tensor) -> np.ndarray:
 
 
 def export(scorer: Scorer, folder: Path) -> None:
-    """image/ (ResNetForImageClassification), text/ (CLIPTextModelWithProjection) and tokenizer/, weights in fp16."""
+    """image/ (ResNetForImageClassification) and projection.safetensors, weights in fp16.
+
+    The text trunk is the embedded model's own text encoder, which is not written a second time but named by its hash.
+    """
     image = image_tower()
     image.load_state_dict(scorer.image.state_dict())
     image.to(torch.float16).save_pretrained(folder / "image")
-    text_ = CLIPTextModelWithProjection(scorer.text.config)
-    text_.load_state_dict(scorer.text.state_dict())
-    text_.to(torch.float16).save_pretrained(folder / "text")
-    text.save_tokenizer(scorer.tokenizer, folder / "tokenizer")
-    (folder / "scorer.json").write_text(json.dumps({"scale": float(scorer.scale.detach())}), encoding="utf-8")
+    projection = scorer.text.text_projection.weight.detach().to(torch.float16).contiguous()
+    save_file({"weight": projection}, folder / "projection.safetensors")
+    about = {"scale": float(scorer.scale.detach()), "text_encoder": trunk_sha256(scorer.text.text_model)}
+    (folder / "scorer.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def load(folder: Path) -> Scorer:
-    """What `export` wrote, in fp32, frozen, in eval mode. Raises ArtworkError if it is not there."""
+def load(folder: Path, model: Path = ASSETS / "emoji-sd") -> Scorer:
+    """What `export` wrote, with the text encoder of the embedded model; in fp32, frozen, in eval mode.
+
+    Raises:
+        ArtworkError: it is not there, or was trained on another text encoder.
+    """
     if not (folder / "scorer.json").exists():
         raise artwork.ArtworkError(f"no scorer in {folder}; make it with: python -m hypersd emoji scorer")
+    about = json.loads((folder / "scorer.json").read_text(encoding="utf-8"))
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder", local_files_only=True, dtype=torch.float32)
     scorer = Scorer(
         ResNetForImageClassification.from_pretrained(folder / "image", local_files_only=True, dtype=torch.float32),
-        CLIPTextModelWithProjection.from_pretrained(folder / "text", local_files_only=True, dtype=torch.float32),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        projecting(encoder, load_file(folder / "projection.safetensors")["weight"].float()),
+        CLIPTokenizer.from_pretrained(model / "tokenizer", local_files_only=True),
     )
-    scale = json.loads((folder / "scorer.json").read_text(encoding="utf-8"))["scale"]
-    scorer.scale.data.fill_(scale)
+    if trunk_sha256(scorer.text.text_model) != about["text_encoder"]:
+        raise artwork.ArtworkError(f"{folder.name} was trained on another text encoder; python -m hypersd emoji scorer")
+    scorer.scale.data.fill_(about["scale"])
     return scorer.requires_grad_(False).eval()
+
+
+def trunk_sha256(trunk: nn.Module) -> str:
+    """One hash over the tensors of a text encoder as they are stored, in fp16."""
+    key = hashlib.sha256()
+    for name, tensor in sorted(trunk.state_dict().items()):
+        key.update(name.encode())
+        key.update(tensor.to(torch.float16).numpy().tobytes())
+    return key.hexdigest()
 
 
 @dataclass(frozen=True)
