@@ -257,7 +257,7 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 
 def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: Path, tmp_path: Path) -> None:
-    """To 1e-6 of the weights after three updates that moved them by 3e-5: AdamW makes much of a tiny gradient's
+    """To 3e-6 of the weights after three updates that moved them by 3e-5: AdamW makes much of a tiny gradient's
     rounding, up to the whole rate, so the rate is small; losses and gradients agree to what sums in float32 allow."""
     recipe = replace(RECIPE, lr=1e-5, warmup=1)
     runs = [
@@ -271,7 +271,7 @@ def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: 
     whole_weights, pieces_weights = map(weights, runs)
     assert {name.split(".")[0] for name in whole_weights} == {"student", "adversary", "average"}
     for name, tensor in whole_weights.items():
-        torch.testing.assert_close(pieces_weights[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(pieces_weights[name], tensor, rtol=0, atol=3e-6)
         assert name.endswith("6.bias") or float((tensor - before[name]).abs().max()) > 5e-6, f"{name} did not move"
 
 
@@ -385,8 +385,8 @@ def test_stages_follow_each_other_and_a_finished_one_is_kept(
     assert [f.card.recipe["start"] for f in files] == ["", *(f.sha256 for f in files[:-1])]
     for file in files:
         width = (len(distill.SHEET_STEPS) + 1) * 32
-        sheet = Image.open(tmp_path / "runs" / file.path.stem / "sheet.png")
-        assert sheet.size == (width, 32 * len(SETTINGS.prompts))
+        with Image.open(tmp_path / "runs" / file.path.stem / "sheet.png") as sheet:
+            assert sheet.size == (width, 32 * len(SETTINGS.prompts))
     assert len(list((tmp_path / "runs").glob("teacher-*.npy"))) == 1
 
     monkeypatch.setattr(distill, "commit", lambda: "another")  # the package moves on, the finished stages stay
@@ -408,7 +408,8 @@ def test_stages_follow_each_other_and_a_finished_one_is_kept(
 
 
 @pytest.mark.usefixtures("quick")
-def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path) -> None:
+def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "commit", lambda: "the same")
     recipe = replace(SHORT, updates=2)
     (whole,) = train(tiny_folder, tmp_path / "whole", recipe=recipe, method="lcm")
     assert train(tiny_folder, tmp_path / "parts", recipe=recipe, method="lcm", minutes=0) == []
