@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypersd import hosting, ui
+from hypersd import hosting, pool, ui
 from hypersd.engine import Engine
 from hypersd.methods import METHODS
 
@@ -18,8 +18,12 @@ def load(device: str) -> Any:
 if __name__ == "__main__":
     on_gpu = hosting.gpu_draw(METHODS)  # None but on Hugging Face's lent GPUs
     engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), METHODS, on_gpu)
-    demo = ui.build(engine, METHODS)
+    front = pool.Shared(engine)
+    study = pool.prepare(front, METHODS)
+    demo = ui.build(front, METHODS, pool=study)
+    print(study.where)
     ui.serve(demo, prevent_thread_lock=True)
     if not on_gpu:  # lent to visitors only
         engine.warm_up()
+        study.fill()
     demo.block_thread()

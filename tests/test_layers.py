@@ -27,6 +27,7 @@ ROWS = [
     "study",
     "feedback",
     "engine",
+    "pool",
     "ui",
     "__main__",
 ]
