@@ -20,7 +20,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden",
 EMPTY = (
     "<section><h2>No votes yet</h2><p>Ratings appear here with the first votes. Open <b>Study</b> and give some, or "
     "send the address of this page with <code>?study</code> at its end to people who might.</p>"
-    "<p class='hs-fine'>To rehearse, <code>python -m hypersd study simulate</code> fills a database of its own with "
+    "<p class='hs-aside'>To rehearse, <code>python -m hypersd study simulate</code> fills a database of its own with "
     "simulated votes and says how to look at them.</p></section>"
 )
 WIDTH, ROW, LABEL, SIDE = 620, 34, 150, 22  # of plots, in their own units
@@ -31,12 +31,13 @@ DWELL = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 60.0)  # seconds, edges
 
 def build(tab: gr.Tab, pool: Pool | Missing) -> None:
     """Lay the screen out inside its tab; it is worked out when the tab is opened."""
-    shown = gr.HTML("", elem_id="hs-results", apply_default_css=False)
+    shown = gr.HTML("", elem_id="hs-results", apply_default_css=False)  # what the arms are worth
     with gr.Row(elem_id="hs-contrast-row", visible=False) as row:
         contrast = gr.Dropdown([], label="How many votes are still needed for", elem_id="hs-contrast", scale=1)
         needed = gr.HTML("", elem_id="hs-needed", apply_default_css=False)
+    trust = gr.HTML("", elem_id="hs-trust", apply_default_css=False)  # and how far to believe that
     latest = reporter(pool)
-    tab.select(opened(latest), None, [shown, row, contrast, needed], **QUIET)
+    tab.select(opened(latest), None, [shown, row, contrast, needed, trust], **QUIET)
     contrast.input(asked(latest), contrast, needed, **QUIET)
 
 
@@ -64,12 +65,13 @@ def opened(latest: Latest) -> Callable[[], list[Any]]:
     def show() -> list[Any]:
         found = latest()
         if isinstance(found, str):
-            return [page(found), gr.Row(visible=False), gr.skip(), ""]
+            return [page(found), gr.Row(visible=False), gr.skip(), "", ""]
         gaps = found.results[0].differences if found.results else ()
         names = [contrast_name(gap) for gap in gaps]
         first = names[0] if names else None
         choice = gr.Dropdown(choices=names, value=first)
-        return [page(*sections(found)), gr.Row(visible=bool(gaps)), choice, asked(lambda: found)(first)]
+        needed = asked(lambda: found)(first)
+        return [page(*worth(found)), gr.Row(visible=bool(gaps)), choice, needed, page(trust(found))]
 
     return show
 
@@ -105,7 +107,8 @@ def page(*parts: str) -> str:
     return f"<div class='hs-results'>{''.join(parts)}</div>"
 
 
-def sections(found: Report) -> Iterable[str]:
+def worth(found: Report) -> Iterable[str]:
+    """What the arms are worth, and what they cost."""
     yield _lead(found)
     for result in found.results:
         yield _ratings(result)
@@ -114,7 +117,10 @@ def sections(found: Report) -> Iterable[str]:
         yield _section("Quality against cost", _costs(pooled, found.costs))
         yield _section("Who won how often", _wins(pooled, found.study.drawn_arms()))
         yield _section("Differences", _differences(pooled.differences))
-    yield _section("How far to trust this", _diagnostics(found), _dwell(found), _flagged(found))
+
+
+def trust(found: Report) -> str:
+    return _section("How far to trust this", _diagnostics(found), _dwell(found), _flagged(found))
 
 
 def _lead(found: Report) -> str:
@@ -134,8 +140,8 @@ def _lead(found: Report) -> str:
 def _ratings(result: Result) -> str:
     title = "Ratings of all arms" if result.name == "all" else f"Ratings at {result.name}"
     about = (
-        f"<p class='hs-fine'>{result.votes:,} votes. The anchor has 1000; 400 points are odds of ten to one. Lines are "
-        "95 % intervals, from resampling annotators and prompts.</p>"
+        f"<p class='hs-aside'>{result.votes:,} votes. The anchor has 1000; 400 points are odds of ten to one. "
+        "Lines are 95 % intervals, from resampling annotators and prompts.</p>"
     )
     head = ("Arm", "Rating", "95 % interval", "Votes", "Both bad")
     rows = [(r.arm, f"{r.rating:.0f}", f"{r.low:.0f} to {r.high:.0f}", f"{r.votes:,}", f"{r.both_bad:.1%}")
@@ -189,7 +195,8 @@ def scatter(rows: Sequence[Rating], cost: dict[str, float], what: str) -> str:
 
     parts = [_line("hs-axis", left, y(t), WIDTH - SIDE, y(t)) + _label(left - 8, y(t) + 4, f"{t:.0f}", "end")
              for t in _ticks(low, high) if low <= t <= high]  # fmt: skip
-    parts += [_label(x(v), height - 14, f"{v:g}") for v in _decades(cost[shown[0].arm], cost[shown[-1].arm])]
+    told = [n for n, r in enumerate(shown) if not n or x(cost[r.arm]) - x(cost[shown[n - 1].arm]) > 30]
+    parts += [_label(x(cost[shown[n].arm]), height - 14, f"{cost[shown[n].arm]:.3g}") for n in told]
     for method in dict.fromkeys(r.arm.rpartition("@")[0] for r in shown):
         own = [r for r in shown if r.arm.rpartition("@")[0] == method]
         points = " ".join(f"{x(cost[r.arm]):.1f},{y(r.rating):.1f}" for r in own)
@@ -214,7 +221,7 @@ def _wins(result: Result, arms: Sequence[str]) -> str:
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
     about = "Share of their meetings that the arm of the row won against that of the column, ties half."
     table = f"<table class='hs-wins'><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<p class='hs-fine'>{about}</p><div class='hs-wide'>{table}</div>"
+    return f"<p class='hs-aside'>{about}</p><div class='hs-wide'>{table}</div>"
 
 
 def _win(share: float, met: int) -> str:
@@ -227,8 +234,8 @@ def _win(share: float, met: int) -> str:
 def _differences(gaps: Sequence[Difference]) -> str:
     head = ("Better", "Worse", "Points", "95 % interval", "p (Holm)", "Votes still needed")
     rows = [(g.arm, g.other, f"{g.gap:.0f}", f"{g.low:.0f} to {g.high:.0f}", f"{g.p_holm:.3f}",
-             f"{g.votes_needed:,}" if g.votes_needed else "shown") for g in gaps]  # fmt: skip
-    return _table(head, rows, text=2)
+             f"{g.votes_needed:,}" if g.votes_needed else "0, it is shown") for g in gaps]  # fmt: skip
+    return _table(head, rows)
 
 
 # Trust
@@ -259,6 +266,8 @@ def _side(found: Report) -> str:
     if not found.results:
         return UNKNOWN
     odds, low, high = found.results[0].left
+    if high > 100 * low:
+        return "too few votes to tell"
     verdict = "no bias is shown" if low <= 1 <= high else "a bias, which the ratings allow for"
     return f"odds times {odds:.2f}, 95 % interval {low:.2f} to {high:.2f}: {verdict}"
 
@@ -279,7 +288,7 @@ def _dwell(found: Report) -> str:
     for n, count in enumerate(counts):
         tall = (height - 30) * count / max(counts.max(), 1)
         place = f"x='{n * width + 2:.1f}' y='{height - 18 - tall:.1f}' width='{width - 4:.1f}' height='{tall:.1f}'"
-        parts.append(f"<rect class='hs-bar' {place} rx='2'/>")
+        parts.append(f"<rect class='hs-column' {place} rx='2'/>")
         name = f"{DWELL[n]:.0f}–{DWELL[n + 1]:.0f} s" if n + 2 < len(DWELL) else f"over {DWELL[n]:.0f} s"
         parts.append(_label((n + 0.5) * width, height - 3, name))
     return _figure(WIDTH, height, "Votes by the time that was spent on the pair", parts)
@@ -287,7 +296,7 @@ def _dwell(found: Report) -> str:
 
 def _flagged(found: Report) -> str:
     if not found.flagged:
-        return "<p class='hs-fine'>The filter leaves nobody out.</p>"
+        return "<p class='hs-aside'>The filter leaves nobody out.</p>"
     head = ("Annotator", "Votes", "Left", "Known answers right", "Median time", "Left out because")
     rows = [
         (f"number {one.number}", f"{one.votes:,}", _share(one.left), _share(one.gold),
@@ -304,15 +313,16 @@ def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """The first `text` columns and the last of text are set left, numbers right."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that hold figures are set right; minus signs are real ones."""
+    figures = [all(row[n].lstrip("-")[:1].isdigit() for row in rows) for n in range(len(head))]
 
     def cell(tag: str, n: int, words: str) -> str:
-        number = n >= text and words[:1].isdigit()
-        return f"<{tag}{' class=hs-num' if number else ''}>{escape(words)}</{tag}>"
+        shown = escape(f"\N{MINUS SIGN}{words[1:]}" if words[:1] == "-" else words)
+        return f"<{tag}{' class=hs-num' if figures[n] else ''}>{shown}</{tag.split()[0]}>"
 
     body = "".join(f"<tr>{''.join(cell('td', n, words) for n, words in enumerate(row))}</tr>" for row in rows)
-    top = "".join(f"<th scope='col'>{escape(words)}</th>" for words in head)
+    top = "".join(cell("th scope=col", n, words) for n, words in enumerate(head))
     return f"<div class='hs-wide'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -342,13 +352,6 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** np.floor(log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
     return [float(t) for t in np.arange(np.floor(low / step), np.ceil(high / step) + 1) * step]
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 and so on, from `low` to `high`; at least the nearest one."""
-    powers = range(int(np.floor(log10(low))), int(np.ceil(log10(high))) + 1)
-    marks = [float(f"{m}e{p}") for p in powers for m in (1, 2, 5)]
-    return [m for m in marks if low * 0.95 <= m <= high * 1.05] or [min(marks, key=lambda m: abs(log10(m / low)))]
 
 
 def _share(value: float | None) -> str:

@@ -153,10 +153,10 @@
         this.pairPage({ ...pairs[n], practice: n + 1, of: pairs.length }, (choice) => {
           const right = choice === pairs[n].better;
           const words = right ? 'Yes, that is the better one.'
-            : `Most people find the ${pairs[n].better} one better. Look at it once more.`;
-          this.say(words, right ? 'good' : 'plain');
-          this.answered = () => next(n + 1);
-          this.vote.replaceChildren(this.button(n + 1 === pairs.length ? 'Go on' : 'Next pair', () => next(n + 1), { 'data-main': true }));
+            : `We find the ${pairs[n].better} one better. Look once more.`;
+          this.answered = true;
+          this.page.querySelectorAll('.hs-study-frame')[pairs[n].better === 'left' ? 0 : 1].classList.add('hs-better');
+          this.vote.replaceChildren(el('p', { class: 'hs-study-feedback', role: 'status' }, words), this.button(n + 1 === pairs.length ? 'Go on' : 'Next pair', () => next(n + 1), { 'data-main': true }));
           this.vote.querySelector('button').focus();
         });
       };
@@ -213,7 +213,7 @@
       this.pair = pair;
       this.undoable = !pair.practice;
       this.chosen = chosen;
-      Object.assign(this, { open: false, busy: false, zoomed: false, attributes: {}, answered: null });
+      Object.assign(this, { open: false, busy: false, zoomed: false, attributes: {}, answered: false });
       this.say(said, 'good');
       this.wakeWhenSeen(images, pair);
     }
@@ -305,7 +305,7 @@
           el('button', { type: 'button', 'aria-pressed': 'false', onclick: (event) => this.aspect(name, side, event.target) }, words))));
       const open = memory.get().aspects === true;
       return el('details', { class: 'hs-study-aspects', open, ontoggle: (event) => memory.get().token && memory.set({ aspects: event.target.open }) },
-        el('summary', {}, 'Say more about this pair (optional, before you choose)'), ...attributes.map(row));
+        el('summary', {}, 'Say more before you choose (optional)'), ...attributes.map(row));
     }
 
     aspect(name, side, button) {
@@ -358,7 +358,7 @@
       }, { class: 'hs-study-button hs-alarm' });
       const no = this.button('No', () => (sure.replaceWith(ask), no.remove()));
       this.own.replaceChildren(el('details', { class: 'hs-study-own' }, el('summary', {}, 'Receipt and withdrawal'),
-        el('p', {}, this.receipt ? 'Your receipt. Who has it can have your votes erased, nothing more.' : 'With a receipt from an earlier visit you can have its votes erased.'),
+        el('p', {}, this.receipt ? 'Your receipt. Whoever has it can have your votes erased, nothing more.' : 'With a receipt from an earlier visit you can have its votes erased.'),
         el('div', { class: 'hs-study-row' }, code, ask), said));
     }
 

@@ -43,11 +43,11 @@ def answering(pool: Pool | Missing) -> Callable[[Any, gr.Request], State]:
 
     def study(given: Any, page: gr.Request) -> State:
         try:
-            if not isinstance(given, dict) or given.get("do") not in ACTIONS:
+            if not isinstance(given, dict) or str(given.get("do")) not in ACTIONS:
                 raise InputError("this is nothing that the study can be asked")
             if pool.problem or pool.desk is None:
                 return _not_yet(pool)
-            return ACTIONS[given["do"]](pool, pool.desk, given, _network(page))
+            return ACTIONS[str(given["do"])](pool, pool.desk, given, _network(page))
         except InputError as problem:
             return {"kind": "refused", "said": _sentence(str(problem))}
         except Problem as problem:
