@@ -66,9 +66,7 @@ def stands_at(visit: Visit, number: int) -> None:
     visit.page.wait_for_selector(OPEN)
 
 
-@pytest.mark.parametrize(
-    "visit", [("desktop", "light"), ("phone", "dark"), ("desktop", "dark")], indirect=True, ids="-".join
-)
+@pytest.mark.parametrize("visit", [("desktop", "light"), ("phone", "dark")], indirect=True, ids="-".join)
 def test_a_whole_session(visit: Visit, demo: gr.Blocks, booth: Pool, request: pytest.FixtureRequest) -> None:
     page, before, name = visit.page, len(stored(booth)), request.node.callspec.id
     told: list[str] = []
