@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypersd import hosting, ui
+from hypersd import hosting, pool, ui
 from hypersd.engine import Engine
 from hypersd.methods import installed
 
@@ -19,8 +19,12 @@ if __name__ == "__main__":
     methods = installed("emoji")
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
     engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), methods, on_gpu)
-    demo = ui.build(engine, methods)
+    front = pool.Shared(engine)
+    study = pool.prepare(front, methods)
+    demo = ui.build(front, methods, pool=study)
+    print(study.where)
     ui.serve(demo, prevent_thread_lock=True)
     if not on_gpu:  # lent to visitors only
         engine.warm_up()
+        study.fill()
     demo.block_thread()

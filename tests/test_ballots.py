@@ -130,6 +130,42 @@ def test_undo_brings_the_same_pair_as_a_new_ballot(ram: Path) -> None:
     assert ballot(at).id not in (first.id, again.id)
 
 
+def test_undo_comes_before_the_pair_that_is_open_already(ram: Path) -> None:
+    at = desk(ram / "x.db")
+    first = ballot(at)
+    at.answer(first.id, ANN, "left")
+    second = ballot(at)
+    at.answer(second.id, ANN, "left")
+    third = ballot(at)
+    for taken in (second, first):
+        assert at.undo(ANN)
+        again = ballot(at)
+        assert (again.left, again.right) == (taken.left, taken.right) and again.id != taken.id
+        assert ballot(at) == again, "a reload"
+    assert not at.undo(ANN)
+    at.answer(ballot(at).id, ANN, "right")
+    assert (ballot(at).left, ballot(at).right) == (second.left, second.right)
+    at.answer(ballot(at).id, ANN, "right")
+    assert ballot(at) == third
+    assert at.progress(ANN).votes == 2
+
+
+def test_a_picture_that_cannot_be_shown_is_in_no_pair(ram: Path) -> None:
+    full = desk(ram / "x.db")
+    at = Desk(full.store, full.study, seed=1, usable=lambda one: one.arm != "lcm@4" and one.seed == 1)
+    at.consent(ANN)
+    for asked in vote_all(at, lambda b: "tie"):
+        for side in (asked.left, asked.right):
+            assert at.items[side].arm != "lcm@4" and at.items[side].seed == 1
+
+
+def test_a_closed_study_asks_nothing(ram: Path) -> None:
+    at = desk(ram / "x.db")
+    at.store.note("freeze", "", at.study.sha256)
+    ended = at.next(ANN)
+    assert isinstance(ended, Wait) and "closed" in ended.said
+
+
 def test_a_skipped_pair_is_followed_by_another(ram: Path) -> None:
     at = desk(ram / "x.db")
     first = ballot(at)

@@ -29,6 +29,7 @@ ROWS = [
     "study",
     "feedback",
     "engine",
+    "pool",
     "ui",
     "__main__",
 ]

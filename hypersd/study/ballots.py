@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from hypersd.study.guards import Guards
 from hypersd.study.people import new_id
 from hypersd.study.schema import ballot, event, item, vote
 from hypersd.study.tally import Tally
-from hypersd.study.votes import Answer, Store
+from hypersd.study.votes import CLOSED, Answer, Store, is_frozen
 
 REPEAT_AFTER = 5  # ballots; sooner, one would still know what one said
 
@@ -66,16 +66,26 @@ class Wait:
 class Desk:
     """Everything between the screen and the store, for one study.
 
+    Args:
+        usable: which items may be shown; of an item of the store the picture may be missing here.
+
     Raises:
         InputError: from the constructor, when no pair of the study has its pictures.
         NotSaved: from methods that write.
     """
 
-    def __init__(self, store: Store, study: Study, guards: Guards | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        study: Study,
+        guards: Guards | None = None,
+        seed: int | None = None,
+        usable: Callable[[Item], bool] = lambda one: True,
+    ) -> None:
         self.store, self.study = store, study
         self.items = {name: one for name, one in items_of(store).items() if one.prompt in study.prompts}
         self._guards, self._rng = guards or Guards(study.limits), np.random.default_rng(seed)
-        self._pool = _pool(self.items.values())
+        self._pool = _pool(filter(usable, self.items.values()))
         self._pairs = [(i, j) for i, j in study.arm_pairs() if self._prompts(study.arms[i], study.arms[j])]
         if not self._pairs:
             raise InputError("no pair of the study has its pictures yet; draw them first")
@@ -86,17 +96,28 @@ class Desk:
     def consent(self, annotator: str) -> None:
         self.store.note("consent", annotator, self.study.sha256)
 
+    def consented(self, annotator: str) -> bool:
+        """Whether this annotator agreed to this study, and has not withdrawn."""
+        given = sa.select(event.c.kind).where(event.c.annotator == annotator, event.c.kind.in_(("consent", "withdraw")))
+        given = given.where(event.c.study.in_((self.study.sha256, "")))
+        return self.store.read(lambda c: set(c.scalars(given))) == {"consent"}
+
+    def closed(self) -> bool:
+        return self.store.read(lambda c: bool(c.scalar(sa.select(is_frozen(self.study.sha256)))))
+
     def next(self, annotator: str, network: str = "") -> Ballot | Wait:
         """The open ballot of this annotator if there is one, so that a reload changes nothing; else a new one.
 
         Raises:
             InputError: the annotator has not consented, or has withdrawn.
         """
-        if not self._consented(annotator):
+        if not self.consented(annotator):
             raise InputError("read what the study is about and agree first")
+        if self.closed():
+            return Wait(CLOSED.said)
         history = self.history(annotator)
         now = self.store.clock()
-        for asked in history:
+        for asked in [] if _taken_back(history) else reversed(history):
             if asked.choice is None and not asked.skipped and asked.ballot.expires_us > now:
                 return asked.ballot
         if sum(asked.counts for asked in history) >= self.study.ballots:
@@ -138,7 +159,8 @@ class Desk:
         return self.store.note("flag", annotator, self.study.sha256, ballot_id, why[:500])
 
     def undo(self, annotator: str) -> bool:
-        """Take back the latest vote; the same pair comes again as a fresh ballot. False if there is none."""
+        """Take back the latest vote; the same pair comes again as a fresh ballot, before the one that is open now.
+        False if there is none."""
         voted = [asked for asked in self.history(annotator) if asked.counts]
         return bool(voted) and self.store.note("undo", annotator, self.study.sha256, voted[-1].ballot.id)
 
@@ -174,8 +196,8 @@ class Desk:
 
     def _make(self, annotator: str, history: Sequence[Asked]) -> Ballot | None:
         """A ballot without its annotator and times: what was taken back, else gold, a repeat or a new pair."""
-        if history and history[-1].undone:
-            return history[-1].ballot
+        if again := _taken_back(history):
+            return again
         draw, shares = self._rng.random(), self.study.shares
         made = None
         if draw < shares.gold:
@@ -242,15 +264,21 @@ class Desk:
         pool = self._pool
         return [text for text in self.study.prompts if pool.get((one, text), {}).keys() & pool.get((other, text), {})]
 
-    def _consented(self, annotator: str) -> bool:
-        given = sa.select(event.c.kind).where(event.c.annotator == annotator, event.c.kind.in_(("consent", "withdraw")))
-        given = given.where(event.c.study.in_((self.study.sha256, "")))
-        return self.store.read(lambda c: set(c.scalars(given))) == {"consent"}
-
 
 def mirrored(choice: str | None) -> str | None:
     """The same answer with the sides swapped."""
     return {"left": "right", "right": "left"}.get(choice or "", choice)
+
+
+def _taken_back(history: Sequence[Asked]) -> Ballot | None:
+    """The latest ballot whose vote was taken back, unless it was asked again since."""
+    since: set[tuple[str, str]] = set()
+    for asked in reversed(history):
+        sides = (asked.ballot.left, asked.ballot.right)
+        if asked.undone and sides not in since:
+            return asked.ballot
+        since.add(sides)
+    return None
 
 
 def items_of(store: Store) -> dict[str, Item]:

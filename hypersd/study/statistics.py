@@ -99,8 +99,8 @@ def results(table: Table, anchor: str, *, seed: int = 0, resamples: int = RESAMP
         group = [arm for arm in arms if steps_of(arm) == steps or arm == anchor]
         if 2 < len(group) < len(arms):
             groups[f"{steps} steps"] = group
-    found = (only(table, group) for group in groups.values())
-    return [result(name, cut, anchor, seed, resamples) for name, cut in zip(groups, found, strict=True) if len(cut)]
+    told = ((name, only(table, group)) for name, group in groups.items())
+    return [result(name, cut, anchor, seed, resamples) for name, cut in told if (cut.choice != BOTH_BAD).any()]
 
 
 def only(table: Table, arms: list[str]) -> Table:

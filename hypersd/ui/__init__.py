@@ -20,8 +20,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from hypersd.engine import Draw
+from hypersd.pool import Missing, Pool
 from hypersd.sweep import MethodRow
-from hypersd.ui import api, compare, history, prompts, sweep
+from hypersd.ui import api, compare, history, prompts, results, study, sweep
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -52,6 +53,7 @@ def build(
     *,
     reference: tuple[str, int] = ("base", 25),
     credits: str | None = None,
+    pool: Pool | Missing | None = None,
 ) -> gr.Blocks:
     """The app, not yet served. Nothing is drawn or loaded by building it.
 
@@ -60,6 +62,7 @@ def build(
         methods: the rows to offer, in the order of their panels.
         reference: method and step count that every panel is held against.
         credits: Markdown for the footer; None reads assets/CREDITS.md if there is one.
+        pool: the blind study with its pictures; None for no tabs of it.
     """
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
@@ -69,6 +72,11 @@ def build(
                 one = compare.build(demo, screen, past)
             with gr.Tab("Sweep", id="sweep", render_children=True):  # there before it is opened: links fill it
                 many = sweep.build(demo, screen, tabs, past)
+            if pool:
+                with gr.Tab("Study", id="study"):
+                    study.build(demo, tabs, pool)
+                with gr.Tab("Results", id="results", render_children=True) as seen:
+                    results.build(seen, pool)
         history.build(demo, past, compare.QUIET)
         _wire_past(past, tabs, one, many, list(methods))
         tabs.select(
@@ -127,9 +135,9 @@ def _read(name: str) -> str:
 
 
 def _head() -> str:
-    scripts = "".join(f"<script>\n{_read(name)}\n</script>" for name in ("page.js", "viewer.js", "grid.js"))
+    scripts = "".join(f"<script>\n{_read(name)}\n</script>" for name in ("page.js", "viewer.js", "grid.js", "study.js"))
     # Not as launch(css=...): that puts each rule under the page's content, and ours look at the body as well.
-    return f"<style>\n{_read('style.css')}\n</style>{scripts}"
+    return f"<style>\n{_read('style.css')}\n{_read('study.css')}\n</style>{scripts}"
 
 
 def _theme() -> gr.themes.Base:

@@ -1,0 +1,108 @@
+"""The study's pictures: all drawn before the first question, in idle moments, nothing inside but pixels."""
+
+from __future__ import annotations
+
+import io
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from booth import small
+from fake import Painter, eventually, paint
+from PIL import Image
+from rows import METHODS
+
+from hypersd import pool
+from hypersd.pool import Missing, Pool, Shared
+from hypersd.records import InputError, Panel, Request
+from hypersd.study.ballots import items_of
+
+
+def test_a_full_pool_opens_and_its_files_hold_nothing_but_pixels(ram: Path) -> None:
+    full = small(ram)
+    assert (full.problem, full.lacking(), full.size) == ("", [], 4 * 4 * 2)
+    assert full.desk is not None
+    for one in items_of(full.store).values():
+        content = full.read(one.image_sha256)
+        with Image.open(io.BytesIO(content)) as picture:
+            assert (picture.format, picture.info) == ("PNG", {})
+            assert picture.tobytes() == paint(Request(one.prompt, one.seed, one.steps), one.method).pixels
+
+
+def test_a_second_start_draws_one_picture_an_arm(ram: Path) -> None:
+    calls: list[str] = []
+
+    def painter(request: Request, method: str) -> Panel:
+        calls.append(f"{method}@{request.steps}")
+        return paint(request, method)
+
+    small(ram, painter)
+    assert len(calls) == 32 + 4 - 4, "the first picture of each arm is drawn once"
+    calls.clear()
+    small(ram, painter)
+    assert sorted(calls) == ["base@1", "base@4", "base@8", "lcm@4"]
+
+
+def test_other_weights_draw_everything_again_and_old_pictures_are_in_no_pair(ram: Path) -> None:
+    old = set(items_of(small(ram).store))
+    again = small(ram, lambda request, method: replace(paint(request, method), base_sha256="f" * 64))
+    assert again.desk is not None and again.lacking() == []
+    again.desk.consent("a" * 32)
+    asked = again.desk.next("a" * 32)
+    assert not {asked.left, asked.right} & old  # type: ignore[union-attr]
+
+
+def test_a_lost_picture_is_drawn_again(ram: Path) -> None:
+    full = small(ram)
+    next(iter(full.folder.glob("*.png"))).unlink()
+    assert full.lacking()
+    assert small(ram).lacking() == []
+
+
+@pytest.mark.parametrize(
+    ("arms", "able"),
+    [(["base@8", "base@4", "nope@4"], True), (["base@8", "tcd@1", "nope@4"], False), (["base@8", "lcm@25"], False)],
+)
+def test_arms_that_cannot_draw_are_left_out_while_two_can(arms: list[str], able: bool, ram: Path) -> None:
+    found = small(ram, arms=arms)
+    assert (found.desk is not None) == able
+    assert able or found.problem.startswith("the study needs two arms that can draw, and")
+
+
+def test_a_painter_that_fails_is_told_and_nothing_opens(ram: Path) -> None:
+    def painter(request: Request, method: str) -> Panel:
+        raise InputError("the weights are missing; fetch them")
+
+    found = small(ram, painter)
+    assert (found.desk, found.problem) == (None, "the weights are missing; fetch them")
+
+
+def test_a_missing_study_says_which_file(ram: Path) -> None:
+    found = pool.prepare(Shared(Painter()), METHODS, ram / "study.yaml", ram)
+    assert isinstance(found, Missing) and "study.yaml cannot be read" in found.problem
+    found.fill()
+
+
+def test_votes_lie_where_database_url_says(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", str(ram / "elsewhere.db"))
+    found = pool.prepare(Shared(Painter()), METHODS, folder=ram)
+    assert isinstance(found, Pool) and (ram / "elsewhere.db").exists()
+    assert f"{ram}/elsewhere.db" in found.where
+
+
+def test_the_pool_gives_way_to_visitors() -> None:
+    painter, drawn = Painter(0.05), threading.Event()
+    shared = Shared(painter, quiet=0.3)
+
+    def idle() -> None:
+        shared.in_idle(Request("a cat", 1, 8), "base")
+        drawn.set()
+
+    threading.Thread(target=idle, daemon=True).start()
+    eventually(lambda: painter.steps >= 2)
+    shared(Request("a dog", 1, 1), "base")
+    assert painter.stops, "given up in the middle"
+    assert not drawn.wait(0.2), "and not taken up at once"
+    assert drawn.wait(5)
+    assert painter.calls == ["base 8", "base 1", "base 8"]
