@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+from voting import in_memory
 
 from hypersd.backbone import Backbone
 
@@ -26,6 +26,5 @@ def tiny_backbone(tiny_folder: Path) -> Backbone:
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is such a thing: a busy disk takes a minute for a thousand commits."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
-        yield Path(folder)
+    with in_memory(tmp_path) as folder:
+        yield folder

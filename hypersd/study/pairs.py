@@ -75,7 +75,7 @@ def gather(store: Store, study: Study) -> Votes:
             at_us=row.at_us,
             propensity=row.propensity,
             used=bool(passed[n]),
-            repeat=row.repeat_of is not None,
+            repeat=bool(table.repeats[n] >= 0),
             gold=row.expected is not None,
         )
         for n, row in enumerate(rows)

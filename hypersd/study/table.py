@@ -19,6 +19,8 @@ from hypersd.study.votes import Store, is_undone
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 LEFT, RIGHT, TIE, BOTH_BAD = range(4)
+OF_VOTE = ("choice", "attributes", "dwell_ms", "at_us")
+COLUMNS = ("id", "annotator", "prompt", "left", "right", "propensity", "issued_us", "expected", "repeat_of", *OF_VOTE)
 
 
 @dataclass(frozen=True)
@@ -80,39 +82,44 @@ def fetch(store: Store, study: Study) -> list[Any]:
 
 
 def tabulate(rows: list[Any], items: Mapping[str, Item], study: Study) -> Table:
-    arms = study.drawn_arms()
-    number = {name: n for n, name in enumerate(items)}
-    place = {name: arms.index(items[name].arm) for name in {row.left for row in rows} | {row.right for row in rows}}
-    annotators = tuple(dict.fromkeys(row.annotator for row in rows))
-    who, text = ({name: n for n, name in enumerate(names)} for names in (annotators, study.prompts))
-    at = {row.id: n for n, row in enumerate(rows)}
-    low_high = np.array([sorted((number[row.left], number[row.right])) for row in rows], dtype=np.int64).reshape(-1, 2)
-    _, unit = np.unique(low_high, axis=0, return_inverse=True)
+    columns: list[tuple[Any, ...]] = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
+    of = dict(zip(COLUMNS, columns, strict=True))
+    arms, annotators = study.drawn_arms(), tuple(dict.fromkeys(of["annotator"]))
+    ends = {name: n for n, name in enumerate(items)}
+    arm_of = np.array([arms.index(one.arm) if one.arm in arms else -1 for one in items.values()], dtype=np.int64)
+    left, right = _numbered(of["left"], ends), _numbered(of["right"], ends)
+    _, unit = np.unique(np.minimum(left, right) * len(ends) + np.maximum(left, right), return_inverse=True)
+    dwell_ms, issued_us, at_us = (np.array(of[name], dtype=np.int64) for name in ("dwell_ms", "issued_us", "at_us"))
+    choices = {name: n for n, name in enumerate(CHOICES)}
     return Table(
         annotators=annotators,
         prompts=study.prompts,
         arms=arms,
-        annotator=_ints(who[row.annotator] for row in rows),
-        prompt=_ints(text[row.prompt] for row in rows),
-        left=_ints(place[row.left] for row in rows),
-        right=_ints(place[row.right] for row in rows),
-        choice=_ints(CHOICES.index(row.choice) for row in rows),
-        dwell_ms=_ints(min(row.dwell_ms, (row.at_us - row.issued_us) // 1000) for row in rows),
-        unit=unit.reshape(-1).astype(np.int64),
-        swapped=np.array([number[row.left] > number[row.right] for row in rows], dtype=bool),
-        expected=_ints(CHOICES.index(row.expected) if row.expected else -1 for row in rows),
-        repeats=_ints(at.get(row.repeat_of, -1) for row in rows),
+        annotator=_numbered(of["annotator"], {name: n for n, name in enumerate(annotators)}),
+        prompt=_numbered(of["prompt"], {name: n for n, name in enumerate(study.prompts)}),
+        left=arm_of[left],
+        right=arm_of[right],
+        choice=_numbered(of["choice"], choices),
+        dwell_ms=np.minimum(dwell_ms, (at_us - issued_us) // 1000),
+        unit=unit.astype(np.int64),
+        swapped=left > right,
+        expected=_numbered(of["expected"], {**choices, None: -1}),
+        repeats=_numbered(of["repeat_of"], _places(of["id"], of["repeat_of"])),
     )
+
+
+def _places(ballots: tuple[str, ...], repeat_of: tuple[str | None, ...]) -> dict[str | None, int]:
+    """The row of every ballot that is repeated, -1 where it was taken back."""
+    at = {name: n for n, name in enumerate(ballots)}
+    return {None: -1, **{name: at.get(name, -1) for name in repeat_of if name}}
+
+
+def _numbered(values: tuple[Any, ...], numbers: Mapping[Any, int]) -> Ints:
+    return np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
 
 
 def _query(study_sha: str) -> sa.Select[Any]:
     """Counted votes with their ballots. Ordered by what every copy of the database agrees on."""
-    of_ballot = ("id", "annotator", "prompt", "left", "right", "propensity", "issued_us", "expected", "repeat_of")
-    of_vote = ("choice", "attributes", "dwell_ms", "at_us")
-    columns = [*(ballot.c[name] for name in of_ballot), *(vote.c[name] for name in of_vote)]
-    rows = sa.select(*columns).join(vote, vote.c.ballot == ballot.c.id)
+    columns = [(vote if name in OF_VOTE else ballot).c[name] for name in COLUMNS]
+    rows = sa.select(*columns).join_from(ballot, vote, vote.c.ballot == ballot.c.id)
     return rows.where(ballot.c.study == study_sha, ~is_undone()).order_by(vote.c.at_us, ballot.c.id)
-
-
-def _ints(values: Any) -> Ints:
-    return np.array(list(values), dtype=np.int64)

@@ -6,9 +6,11 @@ person's withdrawal: their rows are erased, a row that says so stays, and keeps 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -65,6 +67,8 @@ class Store:
         self.file = Path(self.url.database or "") if self.url.drivername == "sqlite" else None
         self._writing, self._reading = schema.open_engine(self.url), schema.open_engine(self.url, write=False)
         self._file_id: tuple[int, int] | None = None
+        # Threads wait here for their turn: SQLite's own waiting is a lottery that some of many lose for half a minute.
+        self._turn = threading.Lock() if self.file else contextlib.nullcontext()
         self._suspect = False  # an input or output error happened; look before writing on
         self._open()
 
@@ -173,7 +177,7 @@ class Store:
         if self.paused:
             raise NotSaved(f"Not saved: {self.paused}")
         try:
-            with self._writing.begin() as connection:
+            with self._turn, self._writing.begin() as connection:
                 self._look_again(connection)
                 done = work(connection)
             return done
