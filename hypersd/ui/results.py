@@ -26,6 +26,7 @@ EMPTY = (
 WIDTH, ROW, LABEL, SIDE = 620, 34, 150, 22  # of plots, in their own units
 UNKNOWN = "not known yet"
 FEW = 5  # annotators
+MANY = 6  # differences
 DWELL = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 60.0)  # seconds, edges of the histogram
 
 
@@ -234,8 +235,9 @@ def _win(share: float, met: int) -> str:
 def _differences(gaps: Sequence[Difference]) -> str:
     head = ("Better", "Worse", "Points", "95 % interval", "p (Holm)", "Votes still needed")
     rows = [(g.arm, g.other, f"{g.gap:.0f}", f"{g.low:.0f} to {g.high:.0f}", f"{g.p_holm:.3f}",
-             f"{g.votes_needed:,}" if g.votes_needed else "0, it is shown") for g in gaps]  # fmt: skip
-    return _table(head, rows)
+             f"{g.votes_needed:,}") for g in gaps]  # fmt: skip
+    hidden = f"<details><summary>All {len(rows)} differences</summary>{_table(head, rows)}</details>"
+    return _table(head, rows) if len(rows) <= MANY else hidden
 
 
 # Trust
@@ -289,9 +291,9 @@ def _dwell(found: Report) -> str:
         tall = (height - 30) * count / max(counts.max(), 1)
         place = f"x='{n * width + 2:.1f}' y='{height - 18 - tall:.1f}' width='{width - 4:.1f}' height='{tall:.1f}'"
         parts.append(f"<rect class='hs-column' {place} rx='2'/>")
-        name = f"{DWELL[n]:.0f}–{DWELL[n + 1]:.0f} s" if n + 2 < len(DWELL) else f"over {DWELL[n]:.0f} s"
+        name = f"{DWELL[n]:.0f}–{DWELL[n + 1]:.0f}" if n + 2 < len(DWELL) else f"{DWELL[n]:.0f} on"
         parts.append(_label((n + 0.5) * width, height - 3, name))
-    return _figure(WIDTH, height, "Votes by the time that was spent on the pair", parts)
+    return _figure(WIDTH, height, "Votes by the seconds that were spent on the pair", parts)
 
 
 def _flagged(found: Report) -> str:
