@@ -273,6 +273,8 @@ def export(scorer: Scorer, folder: Path) -> None:
     save_file({"weight": projection}, folder / "projection.safetensors")
     about = {"scale": float(scorer.scale.detach()), "text_encoder": trunk_sha256(scorer.text.text_model)}
     (folder / "scorer.json").write_text(json.dumps(about), encoding="utf-8")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors leaves them readable to nobody else
 
 
 def load(folder: Path, model: Path = ASSETS / "emoji-sd") -> Scorer:
