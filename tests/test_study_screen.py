@@ -265,9 +265,7 @@ def test_no_byte_that_reaches_the_browser_tells_the_arms_apart(demo: gr.Blocks, 
     for n in range(60):
         shown = asked.json() if n == 0 else asked.json()["next"]
         answers.append(asked)
-        wanted = sa.select(ballot).where(ballot.c.id == shown["ballot"])
-        rows = booth.store.read(lambda c, q=wanted: c.execute(q).one())  # type: ignore[misc]
-        kinds["gold" if rows.expected else "repeat" if rows.repeat_of else "plain"] += 1
+        kinds[kind_of(booth, shown["ballot"])] += 1
         assert_blind(shown, booth)
         asked = post(demo, {"do": "vote", "token": mine, "ballot": shown["ballot"], "choice": CHOICES[n % 4]})
     assert set(kinds) == {"gold", "repeat", "plain"}
@@ -280,6 +278,12 @@ def test_no_byte_that_reaches_the_browser_tells_the_arms_apart(demo: gr.Blocks, 
     for answer in [*answers, practised, begun, page, config]:
         assert not secrets(booth, arms=False).search(answer.text + str(answer.headers))
     assert set(component(demo)["props"]) & {"value", "server_fns"} and component(demo)["props"]["value"] == {}
+
+
+def kind_of(booth: Pool, ballot_id: str) -> str:
+    found = sa.select(ballot.c.expected, ballot.c.repeat_of).where(ballot.c.id == ballot_id)
+    row = booth.store.read(lambda c: c.execute(found).one())
+    return "gold" if row.expected else "repeat" if row.repeat_of else "plain"
 
 
 def assert_blind(shown: dict[str, Any], booth: Pool) -> None:
