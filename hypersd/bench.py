@@ -104,7 +104,7 @@ def _ratio(row: Row, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row]]:
     work, rows = _bare(backbone), []
-    for method in METHODS.values():
+    for method in _drawable():
         for steps in STEPS:
             if steps in method.steps:
                 label = f"{method.name}, {steps} steps"
@@ -148,11 +148,16 @@ def _picture(backbone: Backbone, method: Method, steps: int, *, new: bool = Fals
     return lambda number: draw(backbone, Request(f"{PROMPT} {number}" if new else PROMPT, SEED, steps), method)
 
 
+def _drawable() -> list[Method]:
+    """The rows that need no adapter, or have one."""
+    return [method for method in METHODS.values() if method.losses is None or method.adapters]
+
+
 def _side_by_side(
     backbone: Backbone, stock: Callable[[int, int, float], Any], work: dict[str, Callable[[int], Any]]
 ) -> list[Row]:
     """Four few-step methods at 4 steps against as many stock pipelines without any adapter; none if there are fewer."""
-    methods = [method for method in METHODS.values() if method.name != "base" and 4 in method.steps][:TOGETHER]
+    methods = [method for method in _drawable() if method.name != "base" and 4 in method.steps][:TOGETHER]
     if len(methods) < TOGETHER:
         return []
     pictures = [_picture(backbone, method, 4, new=True) for method in methods]

@@ -164,11 +164,14 @@ def visiting(
 def test_the_whole_path(visit: Visit, request: pytest.FixtureRequest) -> None:
     """Open, type, compare, look closely, sweep, stop, go on, take along; then a restart, and the link again."""
     page, visit.name = visit.page, request.node.callspec.id
-    with served(ui.build(Painter(0.01, keep=True), METHODS)) as app:
+    painter = Painter(0.01, keep=True)
+    with served(ui.build(painter, METHODS)) as app:
         visit.open(address(app))
         visit.shot("1-open")
         look_at_a_comparison(visit)
-        links = [take_along(visit, "hypersd-seed-1.png"), sweep_and_stop(visit)]
+        taken = take_along(visit, "hypersd-seed-1.png")
+        painter.seconds = 0.1  # slow enough that a sweep can be stopped half-way
+        links = [taken, sweep_and_stop(visit)]
         port = app.server_port
         page.goto("about:blank")
     with served(ui.build(Painter(), METHODS), server_port=port):
