@@ -168,6 +168,9 @@ def test_steps_that_no_adapter_can_do_are_refused() -> None:
         InputError, match=r"tscd has no trained adapter for 2 steps here; train one with: .*distill tscd"
     ):
         row.adapter(2)
+    row.check(Request("a cat", steps=4))
+    with pytest.raises(InputError, match=r"tscd has no trained adapter for 2 steps here"):
+        row.check(Request("a cat", steps=2))  # before anything is drawn
     with pytest.raises(InputError, match=r"lcm has no trained adapter for 4 steps here"):
         METHODS["lcm"].adapter(4)
     assert METHODS["base"].adapter(3) is None

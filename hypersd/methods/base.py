@@ -136,11 +136,13 @@ class Method:
     adapters: tuple[AdapterFile, ...] = ()
 
     def check(self, request: Request) -> None:
-        """InputError if the method was not made for the request's number of steps."""
+        """InputError if the method was not made for the request's number of steps, or no adapter found is."""
         if request.steps not in self.steps:
             advice = self.otherwise or f"choose {self.steps}"
             plural = "step" if self.steps.high == 1 else "steps"
             raise InputError(f"{self.name} was made for {self.steps} {plural}, got {request.steps}; {advice}")
+        if self.adapters:
+            self.adapter(request.steps)  # one of them must be for so many
 
     def adapter(self, steps: int) -> AdapterFile | None:
         """The adapter to draw so many steps with; None for the base model.
