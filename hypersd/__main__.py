@@ -134,6 +134,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
         page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds)
     else:
         wanted = plan.make(
+            backbone=given.backbone,
             sets=given.sets,
             file=given.prompts,
             methods=given.methods,

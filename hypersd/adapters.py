@@ -207,7 +207,7 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
     staging = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, staging, metadata={"format": "pt", KEY: json.dumps(asdict(card), sort_keys=True)})
+        save_file(tensors, staging, metadata={KEY: json.dumps(asdict(card), sort_keys=True)})
         staging.chmod(0o644)  # safetensors leaves it readable to nobody else
         with staging.open("rb") as file:
             os.fsync(file.fileno())

@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 from hypersd import intervals
+from hypersd.adapters import beside, found
 from hypersd.backbone import Backbone
 from hypersd.generate import draw
-from hypersd.methods import METHODS, Method, find
+from hypersd.methods import Method, discover, find
 from hypersd.records import InputError, Request, whole_number
 
 PROMPT, SEED = "a happy cat", 1
@@ -104,7 +105,7 @@ def _ratio(row: Row, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row]]:
     work, rows = _bare(backbone), []
-    for method in _drawable():
+    for method in _drawable(backbone):
         for steps in STEPS:
             if steps in method.steps:
                 label = f"{method.name}, {steps} steps"
@@ -148,16 +149,16 @@ def _picture(backbone: Backbone, method: Method, steps: int, *, new: bool = Fals
     return lambda number: draw(backbone, Request(f"{PROMPT} {number}" if new else PROMPT, SEED, steps), method)
 
 
-def _drawable() -> list[Method]:
-    """The rows that need no adapter, or have one."""
-    return [method for method in METHODS.values() if method.losses is None or method.adapters]
+def _drawable(backbone: Backbone) -> list[Method]:
+    """The rows that need no adapter, or have one for this backbone."""
+    return list(discover(found(beside(backbone.name)[1]), backbone.network_sha256).values())
 
 
 def _side_by_side(
     backbone: Backbone, stock: Callable[[int, int, float], Any], work: dict[str, Callable[[int], Any]]
 ) -> list[Row]:
     """Four few-step methods at 4 steps against as many stock pipelines without any adapter; none if there are fewer."""
-    methods = [method for method in _drawable() if method.name != "base" and 4 in method.steps][:TOGETHER]
+    methods = [method for method in _drawable(backbone) if method.name != "base" and 4 in method.steps][:TOGETHER]
     if len(methods) < TOGETHER:
         return []
     pictures = [_picture(backbone, method, 4, new=True) for method in methods]

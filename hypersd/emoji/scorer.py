@@ -303,7 +303,7 @@ def trunk_sha256(trunk: nn.Module) -> str:
     key = hashlib.sha256()
     for name, tensor in sorted(trunk.state_dict().items()):
         key.update(name.encode())
-        key.update(tensor.to(torch.float16).numpy().tobytes())
+        key.update((tensor.to(torch.float16) + 0.0).numpy().tobytes())  # averaging turns -0 into 0
     return key.hexdigest()
 
 

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from hypersd.backbone import Backbone
 from hypersd.evaluate.plan import Arm, Plan
 from hypersd.generate import draw
-from hypersd.methods import METHODS
 from hypersd.pictures import read_png, save_png
 from hypersd.records import InputError
 
@@ -45,7 +44,7 @@ def possible(plan: Plan, backbone: Backbone) -> Plan:
     for method in {arm.method: None for arm in plan.arms if arm.method != plan.reference.method}:
         first = next(arm for arm in plan.arms if arm.method == method)
         try:
-            draw(backbone, plan.request(0, 0, first), METHODS[method])
+            draw(backbone, plan.request(0, 0, first), plan.methods[method])
         except InputError as problem:
             problems[method] = f"{method}: {problem}"
     arms = tuple(arm for arm in plan.arms if arm.method not in problems)
@@ -62,7 +61,7 @@ def fill(plan: Plan, folder: Path, backbone: Backbone, process: int = 0, process
     for arm, number, index in tqdm(missing, desc="draw", unit="picture", disable=not missing):
         target = path(folder, arm, number, index)
         target.parent.mkdir(parents=True, exist_ok=True)
-        panel = draw(backbone, plan.request(number, index, arm), METHODS[arm.method])
+        panel = draw(backbone, plan.request(number, index, arm), plan.methods[arm.method])
         half = target.with_name(f".{target.stem}.{process}.png")
         save_png(panel, half)
         os.replace(half, target)

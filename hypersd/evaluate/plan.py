@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hypersd.backbone import Backbone
 from hypersd.emoji import prompts as emoji
 from hypersd.emoji.prompts import Prompt
-from hypersd.methods import METHODS, Method
+from hypersd.methods import Method, installed
 from hypersd.records import STEPS_MAX, InputError, Request, clean_prompt, whole_number
 
 TEACHER = "base"  # the row of METHODS that the others are measured against
@@ -43,7 +43,7 @@ class Arm:
 class Plan:
     """`seeds` pictures of every prompt by every arm; `reference` is the teacher that the others are compared with.
 
-    `impossible` says why a method was left out at a step count.
+    `impossible` says why a method was left out at a step count; `methods` are the rows that draw.
     """
 
     prompts: tuple[Prompt, ...]
@@ -51,6 +51,7 @@ class Plan:
     arms: tuple[Arm, ...]
     reference: Arm
     impossible: tuple[str, ...] = ()
+    methods: Mapping[str, Method] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sets(self) -> dict[str, list[int]]:
@@ -76,7 +77,7 @@ class Plan:
             "seeds": self.seeds,
             "arms": [str(arm) for arm in self.arms],
             "reference": str(self.reference),
-            "methods": {arm.method: METHODS[arm.method].describe() for arm in self.arms},
+            "methods": {arm.method: self.methods[arm.method].describe() for arm in self.arms},
         }
 
 
@@ -88,6 +89,7 @@ def seed(prompt: Prompt, index: int) -> int:
 
 def make(
     *,
+    backbone: str = "emoji",
     sets: object = None,
     file: str | Path | None = None,
     methods: object = None,
@@ -99,8 +101,9 @@ def make(
     """The plan of what a person typed; lists may be text with commas.
 
     Args:
+        backbone: whose adapters say which methods there are.
         sets: names of the frozen sets, all by default; `file` instead: a person's own prompts, one a line.
-        methods: rows of METHODS, all by default. The teacher is always drawn at `teacher_steps`.
+        methods: names of methods that can draw on it, all by default. The teacher is always drawn at `teacher_steps`.
         limit: at most so many prompts a set, spread evenly.
 
     Raises:
@@ -109,19 +112,21 @@ def make(
     prompts = read(Path(file)) if file is not None else _frozen(sets)
     if limit is not None:
         prompts = _spread(prompts, whole_number(limit, "limit", 1, 1_000_000))
-    chosen = names(methods, METHODS, "method") if methods else list(METHODS)
+    rows = installed(backbone)
+    chosen = names(methods, rows, "method") if methods else list(rows)
     teacher = sorted(_numbers(teacher_steps, "teacher steps"))
-    arms, impossible = _arms([METHODS[name] for name in chosen], _numbers(steps, "steps"))
+    arms, impossible = _arms([rows[name] for name in chosen], _numbers(steps, "steps"))
     for count in teacher:
-        METHODS[TEACHER].check(Request("a", steps=count))
+        rows[TEACHER].check(Request("a", steps=count))
     every = {*arms, *(Arm(TEACHER, count) for count in teacher)}
-    order = {name: place for place, name in enumerate(METHODS)}
+    order = {name: place for place, name in enumerate(rows)}
     return Plan(
         prompts=tuple(prompts),
         seeds=whole_number(seeds, "seeds", 1, SEEDS_MAX),
         arms=tuple(sorted(every, key=lambda arm: (order[arm.method], arm.steps))),
         reference=Arm(TEACHER, teacher[-1]),
         impossible=tuple(impossible),
+        methods=rows,
     )
 
 
