@@ -469,6 +469,7 @@ def test_bad_input_is_answered_calmly_and_nothing_is_lost(visit: Visit, demo: gr
     ]:
         before = page.input_value(selector)
         page.fill(selector, value)
+        page.wait_for_timeout(500)  # gradio takes no click while the last answer is under way; no hand is so quick
         page.click("#hs-go")
         page.wait_for_selector(f"#hs-notice >> text={sentence}")
         page.wait_for_function("!document.body.matches('.hs-running')")
