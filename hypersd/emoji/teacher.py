@@ -29,11 +29,11 @@ from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step
 
 RECIPE = Recipe(
-    updates=4000,
-    batch=64,
+    updates=2400,
+    batch=128,
     lr=1e-3,
     warmup=100,
-    cooldown=2500,
+    cooldown=1600,
     weight_decay=0.01,
     ema=0.9995,
     clip=1.0,
