@@ -257,8 +257,8 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 
 def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: Path, tmp_path: Path) -> None:
-    """To 3e-6 of the weights after three updates that moved them by 3e-5: AdamW makes much of a tiny gradient's
-    rounding, up to the whole rate, so the rate is small; losses and gradients agree to what sums in float32 allow."""
+    """To 1e-8 on average after three updates that moved the weights by up to 3e-5: AdamW makes much of a tiny
+    gradient's rounding, up to the whole rate, so single weights may differ by a third of that."""
     recipe = replace(RECIPE, lr=1e-5, warmup=1)
     runs = [
         Run(objective(Backbone.load(tiny_folder), ready=True), replace(recipe, accumulate=n), tmp_path / str(n))
@@ -271,7 +271,8 @@ def test_accumulation_is_the_same_update_for_student_and_adversary(tiny_folder: 
     whole_weights, pieces_weights = map(weights, runs)
     assert {name.split(".")[0] for name in whole_weights} == {"student", "adversary", "average"}
     for name, tensor in whole_weights.items():
-        torch.testing.assert_close(pieces_weights[name], tensor, rtol=0, atol=3e-6)
+        apart = (pieces_weights[name] - tensor).abs()
+        assert float(apart.max()) < 1e-5 and float(apart.mean()) < 1e-8, f"{name} differs by {float(apart.mean()):g}"
         assert name.endswith("6.bias") or float((tensor - before[name]).abs().max()) > 5e-6, f"{name} did not move"
 
 
