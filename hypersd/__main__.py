@@ -153,6 +153,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
     parser.add_argument("--out", default="runs/bench", help="folder of bench.json and its plot (default: %(default)s)")
+    parser.add_argument("--training", action="store_true", help="updates of training beside the usual LCM-LoRA update")
 
 
 def bench_command(given: argparse.Namespace) -> None:
@@ -160,6 +161,11 @@ def bench_command(given: argparse.Namespace) -> None:
 
     from hypersd import bench
 
+    if given.training:
+        from hypersd import throughput
+
+        print(throughput.table(throughput.run(given.backbone, given.rounds)))
+        return
     content = bench.run(given.backbone, given.rounds)
     bench.write(Path(given.out), content)
     print(bench.table(content))

@@ -24,6 +24,7 @@ ROWS = [
     "generate sweep",
     "distill",
     "plan bench hosting",
+    "throughput",
     "emoji",
     "evaluate",
     "study",
