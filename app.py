@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from hypersd import hosting, pool, ui
@@ -27,4 +28,6 @@ if __name__ == "__main__":
     if not on_gpu:  # lent to visitors only
         engine.warm_up()
         study.fill()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a Space ends the app so: as Ctrl-C does
     demo.block_thread()
+    study.close()

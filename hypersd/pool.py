@@ -22,6 +22,7 @@ from hypersd.study.ballots import Desk, items_of
 from hypersd.study.command import FOLDER
 from hypersd.study.definition import FILE, Study, load, steps_of
 from hypersd.study.export import read_picture
+from hypersd.study.mirror import Mirror, place_of
 from hypersd.study.votes import Store
 from hypersd.sweep import MethodRow, Pace
 
@@ -73,6 +74,7 @@ class Pool:
     Args:
         folder: of the pictures, and of `current.json`, which says what drew each arm the last time somebody looked.
         draw: paints one panel, when there is time for it.
+        mirror: keeps a second copy of every row elsewhere.
     """
 
     def __init__(
@@ -82,8 +84,9 @@ class Pool:
         folder: Path,
         draw: Callable[[Request, str], Panel],
         methods: Mapping[str, MethodRow],
+        mirror: Mirror | None = None,
     ) -> None:
-        self.study, self.store, self.folder, self.draw = study, store, folder, draw
+        self.study, self.store, self.folder, self.draw, self.mirror = study, store, folder, draw, mirror
         self.arms = [arm for arm in study.drawn_arms() if _can(methods, arm)]
         self.desk: Desk | None = None
         self.problem = ""
@@ -104,6 +107,20 @@ class Pool:
         return (
             f"Votes are kept in {self.store.url.render_as_string(hide_password=True)}; set DATABASE_URL to change that."
         )
+
+    @property
+    def notice(self) -> str:
+        """What the owner and the annotators should know of how safe the votes are; "" if there is nothing to say."""
+        if self.mirror:
+            return self.mirror.banner()
+        if os.environ.get("SPACE_ID") and not os.environ.get("DATABASE_URL"):
+            return "Votes are lost when this Space restarts. Its owner can keep them: set HYPERSD_MIRROR (README)."
+        return ""
+
+    def close(self) -> None:
+        """Send what the mirror lacks; for the end of the program."""
+        if self.mirror and not self.mirror.stop():
+            log.warning("not all rows reached the mirror; those that did not wait in the database")
 
     @property
     def size(self) -> int:
@@ -185,15 +202,25 @@ class Missing:
     def fill(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def prepare(draw: Shared, methods: Mapping[str, MethodRow], file: Path = FILE, folder: Path = FOLDER) -> Pool | Missing:
-    """The study of a file, its votes where DATABASE_URL says or in `folder`, its pictures in `folder`."""
+    """The study of a file, its votes where DATABASE_URL says or in `folder`, its pictures in `folder`.
+
+    With HYPERSD_MIRROR the rows that are kept there are brought back first, and new ones are sent there.
+    """
     try:
         study = load(file)
         store = Store(os.environ.get("DATABASE_URL") or folder / "study.db")
     except InputError as problem:
         return Missing(str(problem))
-    return Pool(study, store, folder / "images", draw.in_idle, methods)
+    mirror = None
+    if (where := os.environ.get("HYPERSD_MIRROR")) and not store.paused:
+        mirror = Mirror(store, place_of(where))
+        mirror.start()
+    return Pool(study, store, folder / "images", draw.in_idle, methods, mirror)
 
 
 def _can(methods: Mapping[str, MethodRow], arm: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from booth import small
 from fake import Painter, eventually, paint
 from PIL import Image
@@ -17,6 +18,7 @@ from hypersd import pool
 from hypersd.pool import Missing, Pool, Shared
 from hypersd.records import InputError, Panel, Request
 from hypersd.study.ballots import items_of
+from hypersd.study.schema import event
 
 
 def test_a_full_pool_opens_and_its_files_hold_nothing_but_pixels(ram: Path) -> None:
@@ -106,3 +108,53 @@ def test_the_pool_gives_way_to_visitors() -> None:
     assert not drawn.wait(0.2), "and not taken up at once"
     assert drawn.wait(5)
     assert painter.calls == ["base 8", "base 1", "base 8"]
+
+
+def test_rows_of_the_mirror_are_there_before_the_study_opens_and_new_ones_leave_at_the_end(
+    ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, annotator = ram / "mirror", "a" * 32
+    monkeypatch.setenv("HYPERSD_MIRROR", str(place))
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    shared = Shared(Painter())
+
+    def consented(folder: Path, agree: bool) -> bool:
+        study = pool.prepare(shared, METHODS, folder=folder)
+        assert isinstance(study, Pool) and study.notice == ""
+        store = study.store
+        if agree:
+            store.note("consent", annotator, study.study.sha256)
+        known = store.read(lambda c: c.scalar(sa.select(event.c.annotator))) == annotator
+        study.close()
+        study.store.close()
+        return known
+
+    assert consented(ram / "first", agree=True)
+    assert list(place.glob("*.jsonl")), "sent when the app ended"
+    assert consented(ram / "wiped", agree=False), "a new disk, the same people"
+    monkeypatch.setenv("HYPERSD_MIRROR", str(ram / "another"))
+    assert not consented(ram / "stranger", agree=False)
+
+
+def test_a_mirror_that_cannot_be_reached_is_told_and_stops_nothing(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = ram / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("HYPERSD_MIRROR", str(blocked))
+    study = pool.prepare(Shared(Painter()), METHODS, folder=ram / "study")
+    assert isinstance(study, Pool)
+    study.store.note("consent", "a" * 32, study.study.sha256)
+    study.close()
+    assert "The mirror is delayed" in study.notice
+    study.store.close()
+
+
+def test_a_space_that_will_forget_says_so(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERSD_MIRROR", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    full = small(ram)
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    assert full.notice == ""
+    monkeypatch.setenv("SPACE_ID", "you/hypersd")
+    assert "set HYPERSD_MIRROR" in full.notice
+    monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://votes")
+    assert full.notice == ""

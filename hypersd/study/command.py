@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database", help=f"file or URL (default: DATABASE_URL, else {FOLDER}/study.db)")
     parser.add_argument("--study", help="the study's definition (default: assets/study.yaml)")
     parser.add_argument("--images", default=FOLDER / "images", type=Path, help="its pictures (default: %(default)s)")
-    parser.add_argument("--mirror", help="a folder, or hf://datasets/owner/name with HF_TOKEN set")
+    parser.add_argument(
+        "--mirror",
+        default=os.environ.get("HYPERSD_MIRROR"),
+        help="a folder, or hf://datasets/owner/name with HF_TOKEN set (default: HYPERSD_MIRROR)",
+    )
     parser.add_argument("--out", default=FOLDER / "export", type=Path, help="export: new folder (default: %(default)s)")
     parser.add_argument("--format", action="append", default=[], help="export: one of the six; all when not given")
     parser.add_argument("--ties", action="store_true", help="export: ties too, as pairs of equal rank")
@@ -234,13 +238,9 @@ def _holds_twin(given: argparse.Namespace, twin: Study) -> bool:
 
 
 def _place(given: argparse.Namespace) -> Place | None:
-    from hypersd.study.mirror import Folder, HubDataset
+    from hypersd.study.mirror import place_of
 
-    if not given.mirror:
-        return None
-    if given.mirror.startswith("hf://datasets/"):
-        return HubDataset(given.mirror.removeprefix("hf://datasets/"), os.environ.get("HF_TOKEN"))
-    return Folder(Path(given.mirror))
+    return place_of(given.mirror) if given.mirror else None
 
 
 def _frozen(store: Store, study: Study) -> bool:

@@ -106,6 +106,13 @@ class HubDataset:
             raise NotMirrored(f"the mirror {self.repo} did not answer as it should: {said[:200]}") from None
 
 
+def place_of(name: str) -> Place:
+    """The place of a name: `hf://datasets/owner/name`, read and written with HF_TOKEN, or a folder."""
+    if name.startswith("hf://datasets/"):
+        return HubDataset(name.removeprefix("hf://datasets/"), os.environ.get("HF_TOKEN"))
+    return Folder(Path(name))
+
+
 # Sending
 
 
@@ -232,14 +239,16 @@ def _lines(place: Place, name: str) -> list[tuple[str, Row]]:
 
 
 class Mirror:
-    """Sends what waits every so often, from a thread of its own, and says how it goes."""
+    """Brings back what the place holds, then sends what waits every so often, from a thread of its own."""
 
     def __init__(self, store: Store, place: Place, every: float = EVERY) -> None:
         self.store, self.place, self.every = store, place, every
-        self._stop, self._failed, self._since = threading.Event(), 0, 0.0
+        self._stop, self._failed, self._since, self._pulled = threading.Event(), 0, 0.0, False
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
     def start(self) -> None:
+        """Returns once the place was asked for its rows. If it does not answer, it is asked again later."""
+        self._once()
         self._thread.start()
 
     def stop(self, seconds: float = 8.0) -> bool:
@@ -262,6 +271,9 @@ class Mirror:
 
     def _once(self) -> None:
         try:
+            if not self._pulled:
+                pull(self.store, self.place)
+                self._pulled = True
             flush(self.store, self.place)
             self._failed = 0
         except Problem:

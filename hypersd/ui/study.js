@@ -116,7 +116,7 @@
     }
 
     consent() {
-      const { consent, licence, name, ballots } = this.study;
+      const { consent, licence, name, ballots, notice } = this.study;
       const agree = async () => {
         const told = await call({ do: 'agree' });
         if (told.kind !== 'agreed') return this.complain(told);
@@ -128,6 +128,7 @@
       this.card(`Which picture is better?`,
         el('p', { class: 'hs-study-name' }, `The study “${name}”: ${plural(ballots, 'pair')} of pictures, a few seconds each. You may stop at any time and go on later in this browser.`),
         ...consent.split(/\n\s*\n/).map((text) => el('p', {}, text)),
+        notice && el('p', { class: 'hs-study-notice', role: 'note' }, notice),
         el('p', { class: 'hs-study-soft' }, `Licence of the published votes: ${licence}`),
         this.button('I agree, begin', this.once(agree), { 'data-main': true }), this.status());
     }

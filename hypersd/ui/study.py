@@ -75,6 +75,7 @@ def begin(pool: Pool, desk: Desk, given: State, network: str) -> State:
         "kind": "ready", "name": study.name, "consent": study.consent, "licence": study.licence,
         "ballots": study.ballots, "practice": study.practice, "attributes": list(study.attributes),
         "dwell_ms": study.minimum_dwell_ms, "known": False, "votes": 0,
+        "notice": pool.notice,
     }  # fmt: skip
     if desk.closed():
         return {"kind": "none", "said": "This study is closed. Thank you to all who voted."}
