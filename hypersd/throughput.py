@@ -141,14 +141,18 @@ def _work(
     parts: dict[str, list[nn.Module]] = {}
     for label in ("cached", "online"):
         usual = Usual(backbone, data, settings, recipe, online=label == "online")
-        work[label], parts[label] = (lambda _number, usual=usual: usual.update()), [usual.teacher, usual.student]
+        work[label], parts[label] = _update(usual), [usual.teacher, usual.student]
     for method in OURS:
         row = find(method)
         # The last stage: with an adversary, where the method has one.
         objective = Distillation(load(), data, row, row.stages[-1], settings)
         training = Run(objective, recipe, folder / method)
-        work[method], parts[method] = (lambda _number, run=training: run.update()), [objective.network]
+        work[method], parts[method] = _update(training), [objective.network]
     return work, parts
+
+
+def _update(side: Usual | Run) -> Callable[[int], Any]:
+    return lambda _number: side.update()
 
 
 def _calls(networks: list[nn.Module], update: Callable[[int], Any]) -> dict[str, float]:
