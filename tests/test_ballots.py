@@ -204,6 +204,13 @@ def test_practice_is_known_and_leaves_nothing(ram: Path) -> None:
     assert at.history(ANN) == []
 
 
+def test_what_practice_tells_is_never_asked_as_gold(ram: Path) -> None:
+    at = desk(ram / "x.db", ballots=100, practice=2, shares={"gold": 0.5, "repeat": 0.0, "uniform": 0.25})
+    told = {left.prompt for _ in range(20) for left, _, _ in at.practice()}
+    asked = {ballot.prompt for ballot in vote_all(at, lambda b: b.expected or "tie") if ballot.is_gold}
+    assert told and asked and not told & asked
+
+
 def test_a_pair_with_all_its_votes_is_not_asked_any_more(ram: Path) -> None:
     at = desk(ram / "x.db", votes_per_pair=4, ballots=100)
     asked = vote_all(at, lambda b: "left")

@@ -165,10 +165,14 @@ class Desk:
         return bool(voted) and self.store.note("undo", annotator, self.study.sha256, voted[-1].ballot.id)
 
     def practice(self) -> list[tuple[Item, Item, str]]:
-        """A few pairs whose answer is known: left, right, and the better side. Nothing of them is stored."""
+        """A few pairs whose answer is known and told: left, right, and the better side. Nothing of them is stored.
+
+        Their prompts are kept for practice: what was told here is never asked as a gold pair, if there are prompts
+        enough for both.
+        """
         return [
             (self.items[made.left], self.items[made.right], made.expected or "")
-            for made in (self._gold([]) for _ in range(self.study.practice))
+            for made in (self._gold([], practice=True) for _ in range(self.study.practice))
             if made
         ]
 
@@ -206,13 +210,15 @@ class Desk:
             made = self._repeat(history)
         return made or self._pair(history)
 
-    def _gold(self, history: Sequence[Asked]) -> Ballot | None:
+    def _gold(self, history: Sequence[Asked], *, practice: bool = False) -> Ballot | None:
         able = [(better, worse) for better, worse in self.study.gold if self._prompts(better, worse)]
         if not able:
             return None
         better, worse = able[int(self._rng.integers(len(able)))]
         seen = Counter(asked.ballot.prompt for asked in history if asked.ballot.is_gold)
         prompts = self._prompts(better, worse)
+        kept = min(self.study.practice, len(prompts) // 2)
+        prompts = (prompts[:kept] or prompts) if practice else prompts[kept:]
         prompt = pick.least([seen[text] for text in prompts], self._rng)
         made = self._sides(prompts[prompt.place], better, worse, prompt.probability / len(able))
         expected = "left" if self.items[made.left].arm == better else "right"
