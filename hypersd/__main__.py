@@ -172,7 +172,7 @@ def bench_command(given: argparse.Namespace) -> None:
 
 
 def distill_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("method", help="lcm, tcd or tscd: see `python -m hypersd methods`")
+    parser.add_argument("method", help="lcm, tcd, tscd, dmd or hyper: see `python -m hypersd methods`")
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument(
         "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"

@@ -76,6 +76,7 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
     "sd15": Preset(_LARGE, _LARGE_RECIPE),
     "sdxl": Preset(_LARGE, replace(_LARGE_RECIPE, lr=5e-6)),
 }
+JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
 
@@ -116,6 +117,8 @@ class Distillation:
         self.roles.add("student", rank=settings.rank)
         self.roles.add("ema", rank=settings.rank, trainable=False)
         self.roles.copy("student", "ema")
+        for role in method.learners[1:]:
+            self.roles.add(role, rank=settings.rank)
         self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
         self.start_sha256 = ""
 
@@ -126,7 +129,7 @@ class Distillation:
         self.start_sha256 = file.sha256
 
     def modules(self) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {"student": self.roles["student"]}
+        found: dict[str, nn.Module] = {role: self.roles[role] for role in self.method.learners}
         return found | {"adversary": self.adversary} if self.adversary else found
 
     def averages(self) -> dict[str, nn.Module]:
@@ -170,22 +173,49 @@ class Distillation:
         low, high = self.settings.guidance
         return (low + (high - low) * step.uniform("guidance")).float().view(-1, 1, 1, 1)
 
-    @torch.no_grad()
     def teacher_step(self, at: Places) -> Tensor:
-        with self.roles.wear():
-            if self.settings.guidance == (1.0, 1.0):
-                output = self._call(at.x_t, at.t, at.states)
-            else:  # arXiv:2207.12598, eq. 6, both halves in one batch
-                empty = self.data.empty.to(at.states).expand_as(at.states)
-                twice = (torch.cat([at.x_t, at.x_t]), torch.cat([at.t, at.t]), torch.cat([empty, at.states]))
-                unconditional, conditional = self._call(*twice).chunk(2)
-                output = unconditional + self._guidance * (conditional - unconditional)
-        x0, eps = self.schedule.split(output, at.x_t, at.t)
+        x0, eps = self.guided(at.x_t, at.t, at.states)
         return ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
 
-    def estimate(self, role: str, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        with self.roles.wear(role), torch.set_grad_enabled(role == "student"):
+    @torch.no_grad()
+    def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        with self.roles.wear():
+            if self.settings.guidance == (1.0, 1.0):
+                output = self._call(x_t, t, states)
+            else:  # arXiv:2207.12598, eq. 6, both halves in one batch
+                empty = self.data.empty.to(states).expand_as(states)
+                twice = (torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty, states]))
+                unconditional, conditional = self._call(*twice).chunk(2)
+                output = unconditional + self._guidance * (conditional - unconditional)
+        return self.schedule.split(output, x_t, t)
+
+    def estimate(
+        self, role: str, x_t: Tensor, t: Tensor, states: Tensor, *, learn: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        with self.roles.wear(role), torch.set_grad_enabled(role == "student" if learn is None else learn):
             return self.schedule.split(self._call(x_t, t, states), x_t, t)
+
+    def beginnings(self, step: Step) -> Places:
+        batch = self.data.take(step.rows(len(self.data)), step)
+        device = self.backbone.device
+        x_t = step.randn("beginning", self.backbone.latent_shape).to(device)
+        t = torch.full((len(x_t),), len(self.schedule) - 1, device=device)
+        end = torch.zeros_like(t)
+        self._guidance = self._draw_guidance(step).to(device)
+        return Places(x_t, t, end, end, t, batch.states.to(device, self.backbone.dtype))
+
+    def teacher_sample(self, at: Places, steps: int) -> Tensor:
+        x_t = at.x_t
+        for t, s in self.schedule.jumps(steps):
+            x0, eps = self.guided(x_t, torch.full_like(at.t, t), at.states)
+            x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
+        return x_t
+
+    def anywhere(self, x0: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = (int(share * len(self.schedule)) for share in JUDGED)
+        t = (low + (high - low) * step.uniform(f"{stream} t")).long().to(x0.device)
+        noise = step.randn(stream, x0.shape[1:]).to(x0)
+        return self.schedule.diffuse(x0, noise, t), t, noise
 
     def level(self, t: Tensor) -> Level:
         return self.schedule.level(t)
@@ -327,8 +357,8 @@ def run(
         backbone = load()
         data = check_data(open_data(backbone), recipe)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
-        if files:
-            objective.start_from(files[-1])
+        if first := files[-1] if files else _beginning(method, out):
+            objective.start_from(first)
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
         file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)
         del backbone, data, objective
@@ -336,6 +366,23 @@ def run(
             break
         files.append(file)
     return files
+
+
+def _beginning(method: Method, out: Path) -> adapters.AdapterFile | None:
+    """The adapter of another method that this one goes on from, if it goes on from one.
+
+    Raises:
+        InputError: it has not been trained yet.
+    """
+    if not method.begins_with:
+        return None
+    fitting = [f for f in adapters.found(out) if (f.card.method, f.card.segments) == (method.begins_with, 1)]
+    if not fitting:
+        raise InputError(
+            f"{method.name} goes on from {method.begins_with}'s adapter for 1 segment, and there is none in {out}; "
+            f"train it first: python -m hypersd distill {method.begins_with}"
+        )
+    return fitting[0]
 
 
 def _finish(

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -197,7 +197,7 @@ class Run:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = self.recipe.rate(self.step)
             self.optimizers[name].step()
-        self._move_average()
+        self._move_average(losses)
         self.step += 1
         return entry
 
@@ -219,10 +219,14 @@ class Run:
         return {name: float(loss) for name, loss in sums.items()}
 
     @torch.no_grad()
-    def _move_average(self) -> None:
-        """Exponential moving average with a short memory at first, so that the start is forgotten."""
+    def _move_average(self, learned: Iterable[str]) -> None:
+        """Exponential moving average with a short memory at first, so that the start is forgotten.
+
+        The average of a module that rests does so too: its memory is counted in updates of the module.
+        """
         keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        for name, network in self.networks.items():
+        for name in learned:
+            network = self.networks[name]
             new = network.state_dict()
             floats = [k for k, v in new.items() if v.is_floating_point()]
             torch._foreach_lerp_([self.average[name][k] for k in floats], [new[k] for k in floats], 1 - keep)

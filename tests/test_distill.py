@@ -73,6 +73,8 @@ def gradients(made: Distillation, step: Step = STEP) -> dict[str, tuple[float, l
         ("tscd", Stage(segments=8), SETTINGS, (1, 2, 4 * B)),
         ("tscd", STAGE, SETTINGS, (2, 3, 6 * B)),  # the adversary looks at the fake with gradient, the real without
         ("tcd", Stage(), NEUTRAL, (1, 2, 3 * B)),
+        ("dmd", Stage(), SETTINGS, (2, 10, 21 * B)),  # where the student learns: real, fake, and 8 teacher's steps
+        ("hyper", Stage(), SETTINGS, (3, 4, 9 * B)),
     ],
 )
 def test_network_calls_of_an_update(
@@ -82,6 +84,54 @@ def test_network_calls_of_an_update(
     with plan.counted(backbone.unet) as counts:
         run.update()
     assert (counts["with gradient"], counts["without gradient"], counts["samples"]) == calls
+
+
+def test_a_fake_learns_in_every_update_and_the_student_in_each_fifth(backbone: Backbone, tmp_path: Path) -> None:
+    run = Run(objective(backbone, "dmd", Stage()), replace(RECIPE, updates=7), tmp_path)
+    assert list(run.networks) == ["student", "fake"]
+    averages = []
+    for index in range(7):
+        with plan.counted(backbone.unet) as counts:
+            entry = run.update()
+        assert ("student" in entry) == (index in (0, 5)) and entry["fake"] > 0
+        if index not in (0, 5):
+            assert (counts["with gradient"], counts["without gradient"]) == (2, 2), "two micro-batches"
+        averages.append(torch.cat([v.flatten() for v in run.average["student"].values()]))
+    assert torch.equal(averages[0], averages[4]) and not torch.equal(averages[4], averages[5])
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_student_and_fake_resume_bit_for_bit(tiny_folder: Path, tmp_path: Path, stop: int) -> None:
+    def begun(folder: str) -> Run:
+        return Run(objective(Backbone.load(tiny_folder), "hyper", Stage()), RECIPE, tmp_path / folder)
+
+    unbroken, broken = begun("unbroken"), begun("broken")
+    while unbroken.step < RECIPE.updates:
+        unbroken.update()
+    while broken.step < stop:
+        broken.log.append(broken.update())
+    broken.save()
+    again = begun("broken")
+    assert again.step == stop
+    while again.step < RECIPE.updates:
+        again.update()
+    assert all(torch.equal(tensor, weights(unbroken)[name]) for name, tensor in weights(again).items())
+
+
+def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
+    method, recipe = METHODS["hyper"], replace(RECIPE, updates=1, accumulate=1)
+
+    def train(out: Path) -> adapters.AdapterFile:
+        given = (lambda: Backbone.load(tiny_folder), Latents.of, SETTINGS, recipe, tmp_path / "runs", out)
+        return distill.run(method, *given)[0]
+
+    with pytest.raises(InputError, match=r"train it first: python -m hypersd distill tscd"):
+        train(tmp_path / "empty")
+    begun = tiny.adapters(tiny_folder, tmp_path / "lora")
+    start = next(f for f in begun if (f.card.method, f.card.segments) == ("tscd", 1))
+    (tmp_path / "lora" / "hyper-1.safetensors").unlink()
+    made = train(tmp_path / "lora")
+    assert made.card.recipe["start"] == start.sha256 and (made.card.method, made.card.segments) == ("hyper", 1)
 
 
 def test_each_loss_teaches_its_own_module_and_nothing_else(backbone: Backbone, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ class Places(NamedTuple):
 class Training(Protocol):
     """What a method's loss may ask for: the network in its roles, and places on the trajectory.
 
-    Roles are "student", which learns, and "ema", its slow average, which gives the target.
+    Roles are "student", which learns, "ema", its slow average, which gives the target, and where the method names it
+    as a learner "fake", which learns what the student draws.
     """
 
     stage: Stage
@@ -91,8 +92,26 @@ class Training(Protocol):
         """One DDIM step of the guided base from x_t down to t_prev, without gradient (Hyper-SD, eq. 1)."""
         ...
 
-    def estimate(self, role: str, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0, eps) as the network sees them in that role; with gradient for the student only."""
+    def estimate(
+        self, role: str, x_t: Tensor, t: Tensor, states: Tensor, *, learn: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, eps) as the network sees them in that role; with gradient if it shall `learn`, as the student does."""
+        ...
+
+    def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) as the guided base sees them, without gradient."""
+        ...
+
+    def beginnings(self, step: train.Step) -> Places:
+        """The micro-batch's captions with pure noise at the last timestep, where a drawing begins."""
+        ...
+
+    def teacher_sample(self, at: Places, steps: int) -> Tensor:
+        """What the guided base draws from x_t in so many DDIM steps, without gradient."""
+        ...
+
+    def anywhere(self, x0: Tensor, step: train.Step, stream: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, t, noise): x0 noised to timesteps drawn from the middle 96 % of all."""
         ...
 
     def level(self, t: Tensor) -> Level: ...
@@ -115,8 +134,9 @@ class Method:
 
     `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its
     grid of timesteps. `losses` and `stages` say how it is trained, stage after stage, None and () for the base model;
-    `adapters` are what came of it and was found, one a stage. `otherwise` ends the sentence that a wrong step count
-    gets, for example "for one step choose hyper".
+    `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that are
+    trained. `adapters` are what came of it and was found, one a stage. `otherwise` ends the sentence that a wrong
+    step count gets, for example "for one step choose hyper".
     """
 
     name: str
@@ -133,6 +153,8 @@ class Method:
     otherwise: str = ""
     losses: Losses | None = None
     stages: tuple[Stage, ...] = ()
+    begins_with: str = ""
+    learners: tuple[str, ...] = ("student",)
     adapters: tuple[AdapterFile, ...] = ()
 
     def check(self, request: Request) -> None:
@@ -165,7 +187,7 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """The row without its functions, ready for JSON."""
-        hidden = ("step", "steps", "otherwise", "losses", "stages", "adapters")
+        hidden = ("step", "steps", "otherwise", "losses", "stages", "begins_with", "learners", "adapters")
         row = {name: value for name, value in vars(self).items() if name not in hidden}
         adapters = [{"file": a.path.name, "sha256": a.sha256, **asdict(a.card)} for a in self.adapters]
         return {**row, "steps": asdict(self.steps), "adapters": adapters}
