@@ -164,14 +164,25 @@ def test_what_remains_with_ddim_as_solver_is_its_error(k: int) -> None:
 
 
 @EACH_K
-def test_training_brings_a_small_network_nearer_to_the_flow_map(k: int, tmp_path: Path) -> None:
-    recipe = Recipe(updates=300, batch=32, lr=5e-3, warmup=10, cooldown=150, weight_decay=0.0, ema=0.9)
+def test_a_small_network_reaches_the_flow_map(k: int, tmp_path: Path) -> None:
+    """What is learned at a segment's edge spreads upwards point by point: it takes a while, most of all for k = 1."""
+    recipe = Recipe(updates=2000, batch=64, lr=5e-3, warmup=10, cooldown=1000, weight_decay=0.0, ema=0.9)
     world = World("tscd", k, Small())
     run = Run(world, recipe, tmp_path)
-    before = loss(world)
+    before, size = off_the_flow(world)
     while run.step < recipe.updates:
         run.update()
-    assert loss(world) < 0.9 * before  # short: what is learned at the edges has yet to reach the longest jumps
+    after, _ = off_the_flow(world)
+    assert after < 0.1 * before and after < 0.005 * size, (before, after, size)
+
+
+@torch.no_grad()
+def off_the_flow(world: World) -> tuple[float, float]:
+    """How far the average's jumps end from the flow, and the spread of where they should: root mean squares."""
+    at = world.places(Step(0, Recipe(updates=1, batch=2048, lr=1.0)))
+    t, s = world.level(at.t), world.level(at.t_end)
+    ends, there = ddim_step(*world.estimate("ema", at.x_t, at.t, at.states), t, s), flow(at.x_t, t, s)
+    return float((ends - there).square().mean().sqrt()), float(there.std())
 
 
 def test_both_solvers_are_of_first_order() -> None:
