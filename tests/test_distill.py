@@ -472,8 +472,8 @@ def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("tcsd", "method must be one of lcm, tcd, tscd, got 'tcsd'"),
-        ("base", "method must be one of lcm, tcd, tscd, got 'base'"),
+        ("tcsd", "method must be one of lcm, tcd, tscd, dmd, hyper, got 'tcsd'"),
+        ("base", "method must be one of lcm, tcd, tscd, dmd, hyper, got 'base'"),
         ("tcd --batch 21", "the data holds 20 samples, fewer than a batch of 21"),
         ("tcd --batch 4 --accumulate 3", "a batch of 4 cannot be cut into 3 equal parts"),
         ("tcd --batch 0", "batch must be a whole number from 1"),
