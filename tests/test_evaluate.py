@@ -27,7 +27,7 @@ from hypersd.emoji import prompts as emoji
 from hypersd.evaluate import gallery, judges, ladder, measures, paper, plan, report, scoring
 from hypersd.evaluate.measures import METRICS, Evidence, Texts, measured
 from hypersd.evaluate.plan import Arm, Plan
-from hypersd.methods import METHODS, StepRange
+from hypersd.methods import METHODS, StepRange, discover
 from hypersd.records import InputError
 
 REPORT = ("report.json", "report.md", "scores.parquet", "quality.png")
@@ -45,6 +45,7 @@ def setting() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judges, "JUDGES", {"measure": Thumbnails, "reward": Thumbnails})
         patch.setitem(METHODS, "second", second)
+        patch.setattr(plan, "installed", lambda backbone: discover([], ""))  # whatever adapters lie in assets
         yield
 
 
