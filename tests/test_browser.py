@@ -594,9 +594,10 @@ LOOKS = {
 def test_the_real_model_sits_for_the_readme(browser: Any, tmp_path: Path) -> None:
     """`HYPERSD_SCREENSHOTS=assets python -m pytest -m slow tests/test_browser.py` takes the README's screenshots."""
     from hypersd.backbone import Backbone
-    from hypersd.methods import METHODS as REAL
+    from hypersd.methods import installed
 
-    with served(ui.build(Engine(lambda: Backbone.load("emoji"), REAL), REAL)) as app:
+    real = installed("emoji")
+    with served(ui.build(Engine(lambda: Backbone.load("emoji"), real), real)) as app:
         for name, (size, scheme, sharp, query, top) in LOOKS.items():
             with visiting(browser, tmp_path, size, scheme, sharp) as visitor:
                 page = visitor.page

@@ -118,6 +118,7 @@ def test_an_adapter_brings_its_row_to_life() -> None:
     told = row.describe()
     assert told["adapters"][0]["file"] == "tcd-1.safetensors" and json.dumps(told)
     assert METHODS["tcd"].adapters == ()
+    assert {row: 1}[methods.discover([file], "b")["tcd"]] == 1, "the app keeps what it knows of a row under the row"
 
 
 def test_two_names_of_one_method_are_two_rows() -> None:
