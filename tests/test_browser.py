@@ -585,8 +585,8 @@ def test_everything_has_a_name(viewer: Visit) -> None:
 
 
 LOOKS = {
-    "screen-desktop": ("desktop", "light", 1.5, "prompt=a+happy+cat,+fluent+style&seed=1&steps=4", "#hs-header"),
-    "screen-phone": ("phone", "dark", 2, "prompts=a+happy+cat,+fluent+style&seeds=1&steps=1,2,4,8", "#hs-grid"),
+    "screen-desktop": ("desktop", "light", 1.5, "prompt=grinning+face&seed=0&steps=4", "#hs-header"),
+    "screen-phone": ("phone", "dark", 2, "prompts=grinning+face&seeds=0&steps=1,2,4,8", "#hs-grid"),
 }
 
 
