@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypersd.methods import installed
 def load(device: str) -> Any:
     from hypersd.backbone import Backbone
 
-    return Backbone.load("emoji", device=device)
+    return Backbone.load("emoji", device=device, engine=os.environ.get("HYPERSD_ENGINE", "torch"))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", help="guidance scale (default: what the method was made for)")
     parser.add_argument("--eta", help="share of fresh noise a step, 0 to 1 (default: what the method was made for)")
     parser.add_argument("--seed", default=0, help="seed of the initial noise (default: %(default)s)")
+    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
     parser.add_argument("--out", default="picture.png", help="PNG to write, provenance inside (default: %(default)s)")
 
 
@@ -54,7 +55,7 @@ def draw_command(given: argparse.Namespace) -> None:
     from hypersd.backbone import Backbone
     from hypersd.generate import draw
 
-    backbone = Backbone.load(given.backbone)
+    backbone = Backbone.load(given.backbone, engine=given.engine)
     for text in (request.prompt, request.negative_prompt):
         if ignored := backbone.truncated(text):
             print(f"note: too long for {backbone.name}, this part is ignored: {ignored}", file=sys.stderr)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from hypersd.compiled import Compiled, CompiledNetwork
+
 MANIFEST = "manifest.json"  # {"files": {"unet/...safetensors": sha256, ...}, "bytes": {same paths: size}}
 WEIGHTS = {  # part -> name of its weight file without the ending
     "text_encoder": "model",
@@ -35,6 +37,7 @@ WEIGHTS = {  # part -> name of its weight file without the ending
     "vae": "diffusion_pytorch_model",
 }
 CACHED_PROMPTS = 256
+ENGINES = ("torch", "openvino")
 FUSED_NETWORKS = 4  # kept merged with an adapter; the unchanged layers are shared with the base
 
 
@@ -83,6 +86,7 @@ class Backbone:
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
         schedule: Schedule,
+        engine: str = "torch",
     ) -> None:
         self.name, self.folder, self.licence = name, folder, licence
         self.tokenizer, self.schedule = tokenizer, schedule
@@ -96,23 +100,36 @@ class Backbone:
         self.latent_shape: tuple[int, int, int] = (unet.config.in_channels, height, width)
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
         self._wearing = lru_cache(FUSED_NETWORKS)(self._fuse)
+        self._compiled_wearing = lru_cache(FUSED_NETWORKS)(self._compile)
+        self.engine, self._compiled = engine, self._trace() if engine == "openvino" else None
 
     @classmethod
-    def load(cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    def load(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        engine: str = "torch",
+    ) -> Backbone:
         """A preset of BACKBONES by name, or any folder in StableDiffusionPipeline layout.
 
-        Only a hub preset may use the network, and only for what is not in the local cache yet.
+        Only a hub preset may use the network, and only for what is not in the local cache yet. `engine` is what
+        draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only.
 
         Raises:
             ModelError: no such model, or a file of it is missing, truncated or damaged.
+            InputError: no such engine, or it is not installed, or not for this device or dtype.
         """
+        if engine not in ENGINES:
+            raise InputError(f"the engine must be one of {', '.join(ENGINES)}, got {engine[:40]!r}")
         name, folder, licence = find_folder(name_or_folder)
         check_folder(folder, name)
         parts = {part: _load_part(folder, name, part, dtype) for part in ("tokenizer", *WEIGHTS)}
         for part in WEIGHTS:
             parts[part].to(device)
         config = _read_json(folder, name, "scheduler/scheduler_config.json")
-        return cls(name, folder, licence, schedule=Schedule.from_config(config), **parts)
+        return cls(name, folder, licence, schedule=Schedule.from_config(config), engine=engine, **parts)
 
     @cached_property
     def sha256(self) -> str:
@@ -183,13 +200,18 @@ class Backbone:
         Raises:
             ModelError, AdapterError: the adapter was made for another base, or its file cannot be read.
         """
-        network = self._wearing(adapter.path, adapter.sha256) if adapter else self.unet
+        key = (adapter.path, adapter.sha256) if adapter else (None, "")
+        if self._compiled and isinstance(t, int):
+            return self._compiled_wearing(*key)(x_t, t, states)
+        network = self._wearing(*key)
         output = network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
 
     @torch.inference_mode(False)  # it is kept, and may be trained through after it was drawn with
     @torch.no_grad()
-    def _fuse(self, path: Path, sha256: str) -> UNet2DConditionModel:
+    def _fuse(self, path: Path | None, sha256: str) -> UNet2DConditionModel:
+        if path is None:
+            return self.unet
         file = inspect(path)
         if file.sha256 != sha256:
             raise ModelError(f"{path.name} was replaced by another file; start the app again")
@@ -199,6 +221,15 @@ class Backbone:
                 f"train it again with: python -m hypersd distill {file.card.method}"
             )
         return fused(self.unet, load_adapter(path), file.card.scale)
+
+    def _trace(self) -> Compiled:
+        from hypersd.compiled import Compiled
+
+        return Compiled(self.unet, self.vae, (self.noise(0)[0], self.embed([""])))
+
+    def _compile(self, path: Path | None, sha256: str) -> CompiledNetwork:
+        assert self._compiled
+        return self._compiled.network(self._fuse(path, sha256))  # the merged copy is not kept
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +243,10 @@ class Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, c, h, w] -> pixels, uint8 [n, height, width, 3] on the CPU, rounded as diffusers does."""
         scaled = latents.to(self.dtype) / self.vae.config.scaling_factor
-        image = self.vae.decode(scaled, return_dict=False)[0].float()
+        if self._compiled:
+            image = self._compiled.decode(scaled)
+        else:
+            image = self.vae.decode(scaled, return_dict=False)[0].float()
         return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     @torch.inference_mode()

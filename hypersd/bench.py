@@ -119,7 +119,21 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
         work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
         rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [ours], "more"))
     rows += _side_by_side(backbone, stock, work)
+    if importlib.util.find_spec("openvino") and backbone.device.type == "cpu" and backbone.dtype == torch.float32:
+        rows += _compiled(Backbone.load(backbone.folder, engine="openvino"), work)
     return work, rows
+
+
+def _compiled(quick: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
+    """The same bare calls and the same four methods, by the other engine."""
+    bare = {f"openvino {label}": call for label, call in _bare(quick).items()}
+    rows = [Row(f"openvino-{label.split()[-1]}", f"torch / {label}", [label.removeprefix("openvino ")], [label], "more")
+            for label in bare]  # fmt: skip
+    work |= bare
+    if methods := _four(quick):
+        work["openvino four methods"] = _together(quick, methods)
+        rows += _together_rows("openvino ", methods)
+    return rows
 
 
 def _bare(backbone: Backbone) -> dict[str, Callable[[int], Any]]:
@@ -157,17 +171,34 @@ def _drawable(backbone: Backbone) -> list[Method]:
 def _side_by_side(
     backbone: Backbone, stock: Callable[[int, int, float], Any], work: dict[str, Callable[[int], Any]]
 ) -> list[Row]:
-    """Four few-step methods at 4 steps against as many stock pipelines without any adapter; none if there are fewer."""
-    methods = [method for method in _drawable(backbone) if method.name != "base" and 4 in method.steps][:TOGETHER]
-    if len(methods) < TOGETHER:
+    """Four methods at 4 steps against as many stock pipelines without any adapter; none if there are fewer."""
+    methods = _four(backbone)
+    if not methods:
         return []
+    work["four methods"] = _together(backbone, methods)
+    work["four pipelines"] = lambda number: [stock(number, 4, method.guidance) for method in methods]
+    return _together_rows("", methods)
+
+
+def _four(backbone: Backbone) -> list[Method]:
+    """Lays the baseline beside the first few-step methods, as the app does; empty where there are too few."""
+    methods = [method for method in _drawable(backbone) if 4 in method.steps][:TOGETHER]
+    return methods if len(methods) == TOGETHER else []
+
+
+def _together(backbone: Backbone, methods: Sequence[Method]) -> Callable[[int], Any]:
     pictures = [_picture(backbone, method, 4, new=True) for method in methods]
-    guidances = [method.guidance for method in methods]
-    work["four methods"] = lambda number: [picture(number) for picture in pictures]
-    work["four pipelines"] = lambda number: [stock(number, 4, guidance) for guidance in guidances]
+    return lambda number: [picture(number) for picture in pictures]
+
+
+def _together_rows(engine: str, methods: Sequence[Method]) -> list[Row]:
+    drawn, limit = [f"{engine}four methods"], [f"{engine}{_bare_call(m)}" for m in methods for _ in range(4)]
+    name = engine.strip() and f"{engine.strip()}-"
     return [
-        Row("stock-together", "four pipelines / four methods, 4 steps", ["four pipelines"], ["four methods"], "more")
-    ]
+        Row(f"{name}together-limit", f"{drawn[0]}, 4 steps / network + decoder", drawn,
+            limit + [f"{engine}decoding"] * len(methods), "1"),
+        Row(f"{name}stock-together", f"four pipelines / {drawn[0]}, 4 steps", ["four pipelines"], drawn, "more"),
+    ]  # fmt: skip
 
 
 def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:

@@ -82,7 +82,7 @@ def draw(
         nfe=latents.nfe,
         guidance=_guidance(request, method),
         eta=_eta(request, method),
-        dtype=str(backbone.dtype).removeprefix("torch."),
+        dtype=_arithmetic(backbone),
         seconds=seconds,
         version=__version__,
     )
@@ -122,6 +122,12 @@ def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     torch.randn(x_t.shape, generator=generator)
     return lambda: torch.randn(x_t.shape, generator=generator).to(x_t.device)
+
+
+def _arithmetic(backbone: Backbone) -> str:
+    """Such as "float32"; with the engine's name behind it where it was not torch that computed."""
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    return dtype if backbone.engine == "torch" else f"{dtype}, {backbone.engine}"
 
 
 def _guidance(request: Request, method: Method) -> float:

@@ -63,12 +63,19 @@ def test_the_stock_pipeline_draws_the_same_picture(tiny_backbone: Backbone) -> N
 def test_four_methods_are_timed_against_four_pipelines(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "stock-together" not in [row.name for row in bench._work(tiny_backbone)[1]] or len(METHODS) > 4
     for name in "wxyz":
         monkeypatch.setitem(METHODS, name, replace(METHODS["base"], name=name, guidance=1.0))
     work, rows = bench._work(tiny_backbone)
-    assert rows[-1].name == "stock-together"
-    assert [panel.nfe for panel in work["four methods"](0)] == [4] * 4
+    named = {row.name: row for row in rows}
+    assert {"stock-together", "openvino-stock-together", "openvino-call", "openvino-guided"} <= set(named)
+    for engine in ("", "openvino "):
+        assert [panel.nfe for panel in work[f"{engine}four methods"](0)] == [8, 4, 4, 4]  # the baseline is guided
+        limit = named[f"{engine.strip() and 'openvino-'}together-limit"].under
+        assert [limit.count(f"{engine}{part}") for part in ("network call, guided", "network call", "decoding")] == [
+            4,
+            12,
+            4,
+        ]
     assert len(work["four pipelines"](0)) == 4
     assert "w, 4 steps" in work  # and each of them against its own limit
 

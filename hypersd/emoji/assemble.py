@@ -31,6 +31,8 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
     parts = {part: runs / part / "export" for part in ("autoencoder", "text", "teacher")}
     if (runs / "decoder" / "export").exists():
         parts["autoencoder"] = runs / "decoder" / "export"  # the same encoder, a better decoder
+    if not parts["teacher"].exists():
+        parts["teacher"] = runs / "teacher" / "start"  # as `restore` took it out, not trained further
     for part, folder in parts.items():
         if not any(folder.rglob("*.safetensors")):
             raise artwork.ArtworkError(f"no weights in {folder}; make them with: python -m hypersd emoji {part}")
