@@ -32,3 +32,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a Space ends the app so: as Ctrl-C does
     demo.block_thread()
     study.close()
+    os._exit(0)  # all is saved; a drawing that is still in torch would abort Python's own way out
