@@ -117,6 +117,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artwork", default="runs/emoji/artwork", help="the real pictures (default: %(default)s)")
     parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick or -ladder)")
     parser.add_argument("--quick", action="store_true", help="6 prompts a set, 2 drawings, teacher of 25 steps")
+    parser.add_argument("--publish", action="store_true", help="into assets/measured too, which the app shows")
     parser.add_argument("--ladder", action="store_true", help="ask which metrics can be believed, of the base model")
 
 
@@ -148,12 +149,17 @@ def evaluate_command(given: argparse.Namespace) -> None:
         page = evaluate.run(wanted, given.backbone, out, metrics, artwork)
     if page:
         print(page)
+        if given.publish and not given.ladder:
+            from hypersd.bench import publish
+
+            publish(out, "report.json", "quality.png")
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
     parser.add_argument("--out", default="runs/bench", help="folder of bench.json and its plot (default: %(default)s)")
+    parser.add_argument("--publish", action="store_true", help="into assets/measured too, which the app shows")
     parser.add_argument("--training", action="store_true", help="updates of training beside the usual LCM-LoRA update")
 
 
@@ -169,6 +175,8 @@ def bench_command(given: argparse.Namespace) -> None:
         return
     content = bench.run(given.backbone, given.rounds)
     bench.write(Path(given.out), content)
+    if given.publish:
+        bench.publish(Path(given.out), "bench.json", "bench.png")
     print(bench.table(content))
 
 

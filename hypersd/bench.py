@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -297,6 +298,16 @@ def table(content: Mapping[str, Any]) -> str:
     seconds = {**content["once_seconds"], **content["median_seconds"]}
     lines += [f"{label:<48} {value:8.3f} s" for label, value in seconds.items()]
     return "\n".join([*lines, f"{'memory at its peak':<48} {content['peak_memory_gb']:8.3f} GB"])
+
+
+MEASURED = Path(__file__).parent.parent / "assets" / "measured"  # what README and app show
+
+
+def publish(folder: Path, *names: str) -> None:
+    """Copy files of a results folder to where README and app show them."""
+    MEASURED.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(folder / name, MEASURED / name)
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:

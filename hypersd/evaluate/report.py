@@ -122,6 +122,11 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def readme(content: Mapping[str, Any]) -> str:
+    """The table of all prompts, primary metrics only."""
+    return _table(content, [row for row in content["results"] if row["set"] == ALL], primary=True)
+
+
 def _table(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, primary: bool) -> str:
     """One line an arm. Primary figures come with their intervals, the others have theirs in report.json."""
     shown = [

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from hypersd.engine import Draw
 from hypersd.pool import Missing, Pool
 from hypersd.sweep import MethodRow
-from hypersd.ui import api, compare, history, prompts, results, study, sweep
+from hypersd.ui import api, compare, history, measured, prompts, results, study, sweep
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -86,6 +86,9 @@ def build(
         )  # fmt: skip
         api.add(screen)
         gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
+        if figures := measured.page():
+            with gr.Accordion("Measured: quality and seconds of every method", open=False, elem_id="hs-measured"):
+                gr.HTML(figures, apply_default_css=False)
         if text := _credits() if credits is None else credits:
             with gr.Accordion("Artwork and licences", open=False, elem_id="hs-credits"):
                 gr.Markdown(text)
