@@ -71,7 +71,7 @@ class App:
         if (component := self.component) is None:
             time.sleep(0.05)
             return None
-        body = {"component_id": component, "fn_name": "study", "session_hash": "x", "data": given}
+        body: dict[str, Any] = {"component_id": component, "fn_name": "study", "session_hash": "x", "data": given}
         try:
             answer = requests.post(f"http://127.0.0.1:{self.port}/gradio_api/component_server/", json=body, timeout=20)
             return dict(answer.json()) if answer.ok else None
