@@ -38,7 +38,7 @@ WEIGHTS = {  # part -> name of its weight file without the ending
 }
 CACHED_PROMPTS = 256
 ENGINES = ("torch", "openvino")
-FUSED_NETWORKS = 4  # kept merged with an adapter; the unchanged layers are shared with the base
+FUSED_NETWORKS = 6  # kept merged with an adapter; the unchanged layers are shared with the base
 
 
 class ModelError(InputError):

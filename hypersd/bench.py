@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hypersd import intervals
 from hypersd.adapters import beside, found
-from hypersd.backbone import Backbone
+from hypersd.backbone import BACKBONES, Backbone
 from hypersd.generate import draw
 from hypersd.methods import Method, discover, find
 from hypersd.records import InputError, Request, whole_number
@@ -121,7 +121,8 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
         rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [ours], "more"))
     rows += _side_by_side(backbone, stock, work)
     if importlib.util.find_spec("openvino") and backbone.device.type == "cpu" and backbone.dtype == torch.float32:
-        rows += _compiled(Backbone.load(backbone.folder, engine="openvino"), work)
+        same = backbone.name if backbone.name in BACKBONES else backbone.folder
+        rows += _compiled(Backbone.load(same, engine="openvino"), work)
     return work, rows
 
 

@@ -13,7 +13,9 @@ import pytest
 from listing import ROOT, files
 
 from hypersd.__main__ import COMMANDS, main
+from hypersd.adapters import found
 from hypersd.emoji import measure
+from hypersd.evaluate import report
 from hypersd.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,3 +115,11 @@ def test_figures_of_the_model_are_those_that_were_measured() -> None:
     shown = re.search(r"<!-- measures -->\n(.*?)<!-- /measures -->", README, flags=re.DOTALL)
     assert shown is not None and shown[1].strip() == expected
     assert measure.COMMAND in README
+
+
+def test_figures_of_the_methods_are_those_that_were_published() -> None:
+    content = json.loads((ROOT / "assets/measured/report.json").read_text(encoding="utf-8"))
+    shown = re.search(r"<!-- evaluation -->\n(.*?)<!-- /evaluation -->", README, flags=re.DOTALL)
+    assert shown is not None and shown[1].strip() == report.readme(content)
+    assert content["plan"]["prompts"] == 48 and content["plan"]["seeds"] == 2, "as the README says"
+    assert set(content["adapters"].values()) <= {file.sha256 for file in found(ROOT / "assets/emoji-lora")}
