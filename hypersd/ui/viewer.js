@@ -116,8 +116,8 @@
         this.toolbar();
         this.cards = pair ? [this.pairCard()] : this.tiles.map((_, i) => this.card(i));
         this.stage.className = `hs-stage hs-${this.mode}`;
-        const n = this.cards.length; // six and more go into even rows
-        this.stage.style.setProperty('--columns', Math.ceil(n / Math.ceil(n / 5)));
+        const n = this.cards.length; // seven and more go into even rows
+        this.stage.style.setProperty('--columns', Math.ceil(n / Math.ceil(n / 6)));
         this.stage.replaceChildren(...this.cards.map((card) => card.node));
       }
       for (const card of this.cards) card.paint();
