@@ -1,4 +1,4 @@
-"""A denoiser and a decoder compiled by OpenVINO: what torch computes, to rounding, sooner on a CPU (`bench` says by how much).
+"""A denoiser and a decoder compiled by OpenVINO: what torch computes, to rounding, sooner on a CPU (see `bench`).
 
 Optional: `pip install -e '.[openvino]'`, then `HYPERSD_ENGINE=openvino python app.py`. The network is traced once; an
 adapter is merged by exchanging the constants that it changes and compiling again (1 s for 17 M parameters), so nothing
