@@ -39,28 +39,44 @@ class Compiled:
         x, states = example
         self.unet = unet
         self._traced = _trace(_Network(unet), (x, torch.tensor(0), states))
-        self._decoder = _compile(_trace(_Decoder(vae), (x,)))
+        self._decoder = _Programs(_trace(_Decoder(vae), (x,)))
 
     def network(self, worn: UNet2DConditionModel) -> CompiledNetwork:
         """Compile the base itself, or `worn`: a copy of it with other weights (`adapters.fused`)."""
         model = self._traced.clone()
         _exchange(model, {name: p for name, p in worn.named_parameters() if p is not self.unet.get_parameter(name)})
-        return CompiledNetwork(_compile(model))
+        return CompiledNetwork(_Programs(model))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder has them [n, c, h, w] -> pictures [n, 3, height, width] around -1..1."""
-        return torch.from_numpy(self._decoder([latents.detach().numpy()])[0].copy())
+        return self._decoder(latents)
 
 
 class CompiledNetwork:
     """x_t [n, c, h, w], a timestep, states [n, tokens, width] -> the network's output [n, c, h, w]."""
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
+    def __init__(self, programs: _Programs) -> None:
+        self._programs = programs
 
     def __call__(self, x_t: Tensor, t: int, states: Tensor) -> Tensor:
-        inputs = [x_t.detach().numpy(), torch.tensor(t).numpy(), states.detach().numpy()]
-        return torch.from_numpy(self._compiled(inputs)[0].copy())  # the engine writes over its own buffer next time
+        return self._programs(x_t, torch.tensor(t), states)
+
+
+class _Programs:
+    """One model, compiled when a size of batch is first asked for: 1 and 2 for themselves, the rest together."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        size = len(inputs[0]) if len(inputs[0]) <= 2 else -1
+        if size not in self._compiled:
+            model = self._model.clone()
+            model.reshape({i: _shape(x, size) for i, x in enumerate(inputs)})
+            self._compiled[size] = _compile(model)
+        output = self._compiled[size]([x.detach().numpy() for x in inputs])[0]
+        return torch.from_numpy(output.copy())  # the engine writes over its own buffer next time
 
 
 class _Network(nn.Module):
@@ -96,7 +112,7 @@ def _trace(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
         model = frontend.convert(frontend.load(decoder))
     for given, x in zip(model.inputs, example, strict=True):
         given.get_node().set_element_type(_element_type(x))
-        given.get_node().set_partial_shape(_any_batch(x))
+        given.get_node().set_partial_shape(_shape(x, -1))
     model.validate_nodes_and_infer_types()
     return model
 
@@ -107,10 +123,11 @@ def _element_type(x: Tensor) -> Any:
     return openvino.Type.i64 if x.dtype == torch.int64 else openvino.Type.f32
 
 
-def _any_batch(x: Tensor) -> Any:
+def _shape(x: Tensor, size: int) -> Any:
+    """That of `x`, a scalar or a batch, for batches of `size`; of any size, if it is -1."""
     import openvino
 
-    return openvino.PartialShape([-1, *x.shape[1:]] if x.ndim else [])
+    return openvino.PartialShape([size, *x.shape[1:]] if x.ndim else [])
 
 
 def _exchange(model: Any, weights: dict[str, nn.Parameter]) -> None:
