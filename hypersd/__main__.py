@@ -11,14 +11,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from hypersd import __version__
 from hypersd.records import InputError, Problem, Request, real_number
-
-if TYPE_CHECKING:
-    from hypersd import distill
-    from hypersd.backbone import Backbone
 
 
 class Command(NamedTuple):
@@ -203,6 +199,7 @@ def distill_command(given: argparse.Namespace) -> None:
 
     from hypersd import distill
     from hypersd.adapters import beside
+    from hypersd.emoji import training
 
     method = distill.find(given.method)
     settings, recipe, _ = distill.preset(given.backbone)
@@ -222,7 +219,15 @@ def distill_command(given: argparse.Namespace) -> None:
         Path(given.out) if given.out else beside(given.backbone)[1],
     )
     files = distill.run(
-        method, load, _opener(given.data, runs), settings, recipe, runs, out, name=given.name, minutes=given.minutes
+        method,
+        load,
+        training.opener(given.data, runs),
+        settings,
+        recipe,
+        runs,
+        out,
+        name=given.name,
+        minutes=given.minutes,
     )
     for file in files:
         print(f"{file.path}: {file.card.segments} segment(s), {file.card.updates} updates, sha256 {file.sha256[:12]}")
@@ -234,17 +239,6 @@ def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, floa
         return otherwise
     low, _, high = text.partition("-")
     return (real_number(low, "guidance", 1.0, 30.0), real_number(high or low, "guidance", 1.0, 30.0))
-
-
-def _opener(data: str | None, runs: Path) -> Callable[[Backbone], distill.Data]:
-    """A function that opens the training data for a backbone."""
-    if data is None:
-        from hypersd.emoji import training
-
-        return lambda backbone: training.dataset(Path("runs/emoji"), backbone)
-    from hypersd.data import open_source, prepare
-
-    return lambda backbone: prepare(open_source(data), backbone, runs / "data")
 
 
 def study_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,10 +254,34 @@ def study_command(given: argparse.Namespace) -> None:
         print(line)
 
 
+FEEDBACK = {
+    "reward": "learn what is preferred, from votes, files or known order",
+    "segmenter": "train the network that sees where the object is",
+    "refine": "teach a distilled LoRA what a reward likes",
+    "loop": "votes to reward to a better LoRA, in one go",
+}
+
+
+def _feedback(name: str, help: str) -> Command:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        from hypersd.feedback import command
+
+        command.ACTIONS[name].add_arguments(parser)
+
+    def run(given: argparse.Namespace) -> None:
+        from hypersd.feedback import command
+
+        for line in command.ACTIONS[name].run(given):
+            print(line, flush=True)
+
+    return Command(help, add_arguments, run)
+
+
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
+    **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),

@@ -239,14 +239,18 @@ class Backbone:
         scale = self.vae.config.scaling_factor
         return posterior.mean.float() * scale, posterior.std.float() * scale
 
+    def picture(self, latents: Tensor) -> Tensor:
+        """Latents [n, c, h, w] -> float32 [n, 3, height, width] around -1..1, with gradient if `latents` have one."""
+        scaled = latents.to(self.dtype) / self.vae.config.scaling_factor
+        if self._compiled:
+            return self._compiled.decode(scaled)
+        decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
+        return decoded
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [n, c, h, w] -> pixels, uint8 [n, height, width, 3] on the CPU, rounded as diffusers does."""
-        scaled = latents.to(self.dtype) / self.vae.config.scaling_factor
-        if self._compiled:
-            image = self._compiled.decode(scaled)
-        else:
-            image = self.vae.decode(scaled, return_dict=False)[0].float()
+        image = self.picture(latents)
         return ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
     @torch.inference_mode()

@@ -36,7 +36,7 @@ from hypersd.records import Adapter, InputError, Request, real_number, whole_num
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, RecipeChanged, Run, Step, differences, processes
+from hypersd.train import Recipe, RecipeChanged, Run, Step, differences, mixed, processes
 
 SHEET_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50  # of the pictures that students are measured against
@@ -50,7 +50,7 @@ class Settings:
     guidance: tuple[float, float]
     points: int = 40
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
-    autocast: bool = False  # the network computes in bfloat16 whatever its weights are
+    autocast: bool = False  # the network computes in bfloat16 whatever its weights are, where there are units for it
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ class Distillation:
 
     def places(self, step: Step) -> Places:
         """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent."""
-        batch = self.data.take(step.rows(len(self.data)), step)
+        batch = self._batch = self.data.take(step.rows(len(self.data)), step)
         assert batch.latents is not None, "checked when the data was opened"
         x0, device = batch.latents.to(self.backbone.device), self.backbone.device
         noise = step.randn("noise", x0.shape[1:])
@@ -196,7 +196,7 @@ class Distillation:
             return self.schedule.split(self._call(x_t, t, states), x_t, t)
 
     def beginnings(self, step: Step) -> Places:
-        batch = self.data.take(step.rows(len(self.data)), step)
+        batch = self._batch = self.data.take(step.rows(len(self.data)), step)
         device = self.backbone.device
         x_t = step.randn("beginning", self.backbone.latent_shape).to(device)
         t = torch.full((len(x_t),), len(self.schedule) - 1, device=device)
@@ -248,7 +248,7 @@ class Distillation:
         return output.float()
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.settings.autocast)
+        return mixed(self.backbone.device.type, self.settings.autocast)
 
     # ------------------------------------------------------------------------------------------ while it trains
 

@@ -206,13 +206,16 @@ class Missing:
         pass
 
 
-def prepare(draw: Shared, methods: Mapping[str, MethodRow], file: Path = FILE, folder: Path = FOLDER) -> Pool | Missing:
-    """The study of a file, its votes where DATABASE_URL says or in `folder`, its pictures in `folder`.
+def prepare(
+    draw: Shared, methods: Mapping[str, MethodRow], file: Path | None = None, folder: Path = FOLDER
+) -> Pool | Missing:
+    """The study of a file, of HYPERSD_STUDY or ours where none is given; its votes where DATABASE_URL says or in
+    `folder`, its pictures in `folder`.
 
     With HYPERSD_MIRROR the rows that are kept there are brought back first, and new ones are sent there.
     """
     try:
-        study = load(file)
+        study = load(file or os.environ.get("HYPERSD_STUDY") or FILE)
         store = Store(os.environ.get("DATABASE_URL") or folder / "study.db")
     except InputError as problem:
         return Missing(str(problem))

@@ -27,7 +27,7 @@ from hypersd.plan import MadeUp, counted
 from hypersd.records import whole_number
 from hypersd.roles import LAYERS
 from hypersd.solvers import ddim_step, lcm_step
-from hypersd.train import Recipe, Run
+from hypersd.train import Recipe, Run, has_bfloat16, mixed
 
 OURS = ("lcm", "tcd", "tscd")
 
@@ -40,7 +40,9 @@ class Usual:
 
         self.backbone, self.data, self.settings, self.recipe, self.online = backbone, data, settings, recipe, online
         self.teacher = copy.deepcopy(backbone.unet)
-        if settings.autocast:  # mixed precision: what does not learn is kept in half
+        if settings.autocast and has_bfloat16(
+            backbone.device.type
+        ):  # mixed precision: what does not learn is kept in half
             self.teacher.to(torch.bfloat16)
         self.student: Any = copy.deepcopy(backbone.unet)
         self.student.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=list(LAYERS)))
@@ -99,7 +101,7 @@ class Usual:
             return network(x_t.to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False)[0].float()
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(self.backbone.device.type, torch.bfloat16, enabled=self.settings.autocast)
+        return mixed(self.backbone.device.type, self.settings.autocast)
 
 
 def run(name: str, rounds: object = 9, batch: int | None = None) -> dict[str, Any]:

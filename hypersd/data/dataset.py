@@ -53,6 +53,7 @@ class Dataset:
         self.texts = texts_of(rows)
         place = {text: number for number, text in enumerate(self.texts)}
         self.captions = [[place[text] for text in row["captions"]] for row in rows]  # numbers of texts
+        self.keys: list[str] = [row["key"] for row in rows]  # what the source calls them
         self._latents, self._states = (_Shards(folder, manifest[name]) for name in ("latents", "states"))
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hypersd.emoji import artwork
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, mixed
 
 CROP = 64  # pixels
 RECIPE = Recipe(
@@ -69,7 +69,7 @@ class Reconstruction:
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
         x = self.crops(step)  # [batch, 3, 64, 64] in -1..1
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with mixed("cpu", self.recipe.precision == "bf16"):
             posterior = self.vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=step.generator("posterior"))
             z = posterior.mean + posterior.std * noise

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hypersd.emoji import artwork
 from hypersd.emoji.autoencoder import Reconstruction, network, picture_loss
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, mixed
 
 NOISE = 0.05  # of the latents' unit deviation
 ROOT_SQUARE, FLOOR = 1.0, 1e-4  # the floor (40 dB) keeps empty crops from taking over
@@ -42,7 +42,7 @@ class Decoding(Reconstruction):
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
         x = self.crops(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with mixed("cpu", self.recipe.precision == "bf16"):
             with torch.no_grad():
                 z = self.vae.encode(x).latent_dist.mode().float()
             z = z + NOISE * torch.randn(z.shape, generator=step.generator("latent"))

@@ -38,7 +38,7 @@ from transformers import (
 from hypersd.emoji import artwork, text
 from hypersd.emoji.autoencoder import to_float
 from hypersd.quality import r_precision
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, mixed
 
 SIDE, SPACE = 64, text.TEACHER_WIDTH  # pixels, width of the common space
 ASSETS = artwork.MANIFEST.parent
@@ -63,7 +63,11 @@ class Scorer(nn.Module):
 
     def pictures(self, x: Tensor) -> Tensor:
         """float [n, 3, h, w] in -1..1 -> unit vectors [n, 384]; differentiable, so it can serve as a reward."""
-        return F.normalize(self.image(pixel_values=shrink(x)).logits.float(), dim=1)
+        return F.normalize(self.features(x), dim=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The same before they are made unit vectors, whose length says something too. [n, 384]"""
+        return self.image(pixel_values=shrink(x)).logits.float()
 
     def texts(self, ids: Tensor) -> Tensor:
         """Ids [n, length] -> unit vectors [n, 384]."""
@@ -129,7 +133,7 @@ class Matching:
         self.captions = [artwork.captions(r) for r in rows]
         self.texts = sorted({c for captions in self.captions for c in captions})
         self.place = {t: i for i, t in enumerate(self.texts)}
-        self.states = _states(self.scorer, self.texts)  # the trunk is frozen: only its projection is trained
+        self.states = text_states(self.scorer, self.texts)  # the trunk is frozen: only its projection is trained
         # Labels of held-out concepts are not among them: they must not be pushed away.
         concepts = {rows[i].concept: rows[i].label for i in reversed(self.train.tolist())}
         self.labels = torch.tensor([self.place[label] for label in concepts.values()])
@@ -150,7 +154,7 @@ class Matching:
         rows = self.train[step.rows(len(self.train)).numpy()]
         x = augment(to_float(self.small[rows]), generator)
         captions = [self._caption(r, generator) for r in rows]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with mixed("cpu", self.recipe.precision == "bf16"):
             ours = self.scorer.pictures(x)
             theirs = self.project(self.states[captions])
             labels = self.project(self.states[self.labels])
@@ -236,12 +240,12 @@ def embed_pictures(scorer: Scorer, pictures: np.ndarray, batch: int = 128) -> Te
 @torch.inference_mode()
 def embed_texts(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
     """Texts -> unit vectors, float32 [n, 384]."""
-    projected = scorer.text.text_projection(_states(scorer, texts, batch))
+    projected = scorer.text.text_projection(text_states(scorer, texts, batch))
     return F.normalize(projected.float(), dim=1)
 
 
 @torch.inference_mode()
-def _states(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
+def text_states(scorer: Scorer, texts: Sequence[str], batch: int = 256) -> Tensor:
     """End-token states before the projection, float32 [n, 256]; padding does not change them (causal mask)."""
     out = torch.empty(len(texts), scorer.text.config.hidden_size)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: little padding

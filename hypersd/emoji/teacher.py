@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from hypersd.emoji import artwork, autoencoder
 from hypersd.schedule import Schedule
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, mixed
 
 RECIPE = Recipe(
     updates=2400,
@@ -191,7 +191,7 @@ class Denoising:
         t = ((torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows) * 1000).long()
         t = t[torch.randperm(len(rows), generator=generator)].clamp(0, 999)
         states = self.states(rows, generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with mixed("cpu", self.recipe.precision == "bf16"):
             output = self.unet(self.schedule.diffuse(x0, noise, t), t, states, return_dict=False)[0]
         yield "unet", (output.float() - self.schedule.target(x0, noise, t)).square().mean()
 

@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from hypersd.emoji import artwork, words
 from hypersd.records import Problem
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, mixed
 
 TOKENS, WIDTH, VOCABULARY = 32, 256, 8192
 TEACHER_WIDTH = 384
@@ -262,7 +262,7 @@ class Distillation:
         rows = step.rows(len(self.ids))
         rows = rows[self.lengths[rows].argsort(stable=True)]
         generator, ends, padded = step.generator("padding"), [], []
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with mixed("cpu", self.recipe.precision == "bf16"):
             for i, part in enumerate(rows.chunk(4)):  # alike lengths together: half the work of padding all alike
                 whole = step.index % 16 == 4 * i
                 length = TOKENS if whole else min(TOKENS, int(self.lengths[part].max()) + 1)

@@ -5,13 +5,16 @@ data = dataset(Path("runs/emoji"), Backbone.load("emoji"))
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from hypersd.data import Dataset, Encoder, Sample, prepare
+from hypersd.data import Dataset, Encoder, Sample, open_source, prepare
+from hypersd.data.dataset import Batch, Draws
 from hypersd.emoji import artwork
 
 PIECE = 500  # pictures
@@ -41,6 +44,41 @@ def captions(row: artwork.Picture) -> tuple[str, ...]:
     return (*[styled] * len(plain), *plain)
 
 
-def dataset(runs: Path, encoder: Encoder) -> Dataset:
+def dataset(runs: Path, encoder: Encoder) -> Masked:
     """The cache below `runs/data`, made where it is missing. Raises ArtworkError if there is no artwork yet."""
-    return prepare(Artwork(runs), encoder, runs / "data")
+    return Masked(prepare(Artwork(runs), encoder, runs / "data"), runs)
+
+
+class Masked:
+    """The cached artwork, with the mask of every picture."""
+
+    def __init__(self, cached: Dataset, runs: Path) -> None:
+        _, self._masks, rows = artwork.load(runs / "artwork")
+        place = {row.id: number for number, row in enumerate(rows)}
+        self.cached = cached
+        self._places = [place[key] for key in cached.keys]
+
+    def __len__(self) -> int:
+        return len(self.cached)
+
+    @property
+    def digest(self) -> str:
+        return self.cached.digest
+
+    @property
+    def empty(self) -> Tensor:
+        return self.cached.empty
+
+    def take(self, rows: Tensor, draws: Draws | None = None) -> Batch:
+        return self.cached.take(rows, draws)
+
+    def masks(self, rows: Tensor) -> Tensor:
+        """What is object and not background, float32 [rows, 128, 128] in 0..1."""
+        return torch.from_numpy(np.array(self._masks[[self._places[row] for row in rows.tolist()]])).float() / 255
+
+
+def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked]:
+    """A function that opens training data for a backbone: a person's own, cached below `runs`, or the artwork."""
+    if data is None:
+        return lambda encoder: dataset(Path("runs/emoji"), encoder)
+    return lambda encoder: prepare(open_source(data), encoder, runs / "data")

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=ACTIONS, help="what to do")
     parser.add_argument("receipt", nargs="?", help="withdraw: the code that the annotator was given")
     parser.add_argument("--database", help=f"file or URL (default: DATABASE_URL, else {FOLDER}/study.db)")
-    parser.add_argument("--study", help="the study's definition (default: assets/study.yaml)")
+    parser.add_argument("--study", help="the study's definition (default: HYPERSD_STUDY, else assets/study.yaml)")
     parser.add_argument("--images", default=FOLDER / "images", type=Path, help="its pictures (default: %(default)s)")
     parser.add_argument(
         "--mirror",
@@ -186,6 +186,11 @@ ACTIONS = {
 # What they share
 
 
+def opened(given: argparse.Namespace) -> tuple[Store, Study]:
+    """The votes and the study that the options name. Raises Problem and InputError."""
+    return _open(given), _study(given)
+
+
 def _address(given: argparse.Namespace) -> str | Path:
     return given.database or os.environ.get("DATABASE_URL") or FOLDER / "study.db"
 
@@ -210,7 +215,7 @@ def _known(file: Path) -> bool:
 def _file(given: argparse.Namespace) -> Path:
     from hypersd.study.definition import FILE
 
-    return Path(given.study) if given.study else FILE
+    return Path(given.study or os.environ.get("HYPERSD_STUDY") or FILE)
 
 
 def _study(given: argparse.Namespace, simulated: bool = False) -> Study:

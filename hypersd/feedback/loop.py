@@ -1,0 +1,182 @@
+"""The loop: votes -> pairs -> a reward model -> a LoRA that is liked better, beside the old one, to be voted on.
+
+    python -m hypersd loop tscd-4
+
+The new row of the app carries the digest of the votes that made it. Two reward models learn from the votes of
+different prompts: one leads, the other, which is never optimised, says when to stop and which update to keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from hypersd import distill, intervals
+from hypersd.adapters import AdapterFile
+from hypersd.backbone import Backbone
+from hypersd.feedback import pairs, refl, reward
+from hypersd.feedback.pairs import Preferences
+from hypersd.feedback.refl import Asked, Refinement
+from hypersd.records import InputError, Problem
+from hypersd.study.definition import Study
+from hypersd.study.pairs import gather
+from hypersd.study.votes import Store
+from hypersd.train import Recipe
+
+LEAST = 200  # decided pairs of pictures
+CHANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is asked for. `prompts` are looked at by the reward that picks, beside the study's held-out ones."""
+
+    asked: Asked
+    least: int = LEAST
+    annotators: int = 2
+    prompts: tuple[str, ...] = ()
+    reward: Recipe = reward.RECIPE
+    refine: Recipe = refl.RECIPE
+
+
+def run(
+    store: Store,
+    study: Study,
+    images: Path,
+    parent: AdapterFile,
+    load: Callable[[], Backbone],
+    open_data: Callable[[Backbone], distill.Data],
+    settings: Settings,
+    runs: Path,
+    out: Path,
+    *,
+    training: distill.Settings,
+    start: Path | None = None,
+) -> Iterator[str]:
+    """Lines to print, as things come about; at the end the new LoRA lies in `out`.
+
+    Args:
+        parent: the distilled LoRA that is to be refined.
+        runs: everything on the way lies in a folder below, named by the votes; the same call goes on there.
+        start: the scorer that rewards begin with.
+
+    Raises:
+        Problem: too few votes, and how many are missing; a reward that is no better than chance; nothing was liked
+            better than the parent.
+    """
+    votes = gather(store, study)
+    found = pairs.of_votes(votes, images, annotators=settings.annotators)
+    yield f"{len(votes.compared)} votes on {len(found.rows)} pairs of pictures, {found.decided} of them decided"
+    pairs.check(found, settings.least)
+    digest = found.digest[:8]
+    folder = runs / digest
+    rewards = []
+    for number, name in enumerate(("leads", "picks")):
+        part = half(found, number)
+        card = reward.train(
+            part, folder / name, folder / f"reward-{name}", replace(settings.reward, seed=number), start=start
+        )
+        yield f"the reward that {name} is {reward.describe(card)}"
+        if card.accuracy <= CHANCE:
+            raise Problem(
+                f"the reward that {name} is right on {100 * card.accuracy:.0f} % of the pairs it never saw, no better "
+                "than a coin; collect more votes, or votes that agree more"
+            )
+        rewards.append(reward.Trained(folder / f"reward-{name}"))
+    name = f"{parent.card.name}-{digest}"
+    backbone = load()
+    held_out = sorted({row.prompt for row in found.rows if row.split != "train"})
+    objective = Refinement(
+        backbone,
+        distill.check_data(open_data(backbone), settings.refine),
+        parent,
+        rewards[:1],
+        training,
+        settings.asked,
+        picker=rewards[1],
+        prompts=[*held_out, *settings.prompts],
+        seed=settings.refine.seed,
+    )
+    path = out / f"{name}-{parent.card.segments}.safetensors"
+    made = refl.run(objective, settings.refine, folder / "refine", path, name, votes=found.digest)
+    yield (
+        f"{path}: after {made.look.step} updates the reward that was not optimised says {made.look.value:.3f}, "
+        f"of {parent.path.name} it says {made.before:.3f}"
+    )
+    yield won(objective, rewards[1])
+    yield ballot(study, folder, parent, name, settings.asked.steps)
+
+
+def half(found: Preferences, number: int) -> Preferences:
+    """One of two halves of the prompts that are learned from; the other splits are in both."""
+    rows = tuple(row for row in found.rows if row.split != "train" or _bit(row.prompt) == number)
+    if not any(row.split == "train" and row.share != 0.5 for row in rows):
+        raise Problem("all decided pairs are of the same few prompts; collect votes on more prompts")
+    return replace(found, rows=rows)
+
+
+def _bit(prompt: str) -> int:
+    return hashlib.sha256(f"half {prompt}".encode()).digest()[0] % 2
+
+
+@torch.no_grad()
+def won(objective: Refinement, picker: reward.Reward) -> str:
+    """How often the new picture of a prompt scores higher than the old one from the same noise, over prompts."""
+    prompts = list(objective.settings.prompts)
+    scores = [picker(objective.backbone.picture(objective.drawn(refined=new)), prompts) for new in (True, False)]
+    better = refl.share_better(*(one.tolist() for one in scores))
+    found = intervals.estimate(better, intervals.draws(len(better)))
+    return (
+        f"on {len(prompts)} prompts that were not learned from the new picture is liked better in "
+        f"{100 * found.value:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}] (the picking reward's word)"
+    )
+
+
+def ballot(study: Study, folder: Path, parent: AdapterFile, name: str, steps: int) -> str:
+    """Write the study again with the new arm in it, and say how to open it."""
+    told = asdict(study)
+    arm = f"{name}@{steps}"
+    told["arms"] = [*study.arms, arm]
+    file = folder / "study.yaml"
+    plain = yaml.safe_load(yaml.dump(_plain(told)))
+    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return f"let people vote on {arm} and its parent: HYPERSD_STUDY={file} python app.py"
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def parent_of(files: Sequence[AdapterFile], name: str) -> AdapterFile:
+    """The LoRA file of that name, without its ending.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    for file in files:
+        if file.path.stem == name:
+            return file
+    known = ", ".join(file.path.stem for file in files) or "none; train one with: python -m hypersd distill tscd"
+    raise InputError(f"there is no LoRA {name[:60]!r}; choose from {known}")
+
+
+def steps_for(parent: AdapterFile, steps: int | None) -> int:
+    """The step count to refine for: what was asked, or one step a segment.
+
+    Raises:
+        InputError: it does not divide into the parent's segments.
+    """
+    count = parent.card.segments if steps is None else steps
+    if count % parent.card.segments:
+        raise InputError(
+            f"{parent.path.stem} has {parent.card.segments} segments, so steps must be a multiple of that, got {count}"
+        )
+    return count

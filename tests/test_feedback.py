@@ -1,0 +1,348 @@
+"""Structure, refinement and the whole loop, on a tiny model and with a taste that can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import liking
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from liking import PROMPTS, Broken, Warm, warmth
+from PIL import Image
+from stages import Latents
+from test_export import Tick
+from torch import Tensor
+from voting import definition
+
+from hypersd import adapters, distill
+from hypersd.adapters import AdapterFile
+from hypersd.backbone import Backbone
+from hypersd.feedback import loop, refl, reward, structure
+from hypersd.feedback.refl import Asked, Refinement, added
+from hypersd.feedback.structure import Instances, Outline, Segmenter, wrongness
+from hypersd.generate import draw
+from hypersd.methods import discover
+from hypersd.plan import counted
+from hypersd.records import InputError, Item, Problem, Request
+from hypersd.study.ballots import Desk, Wait
+from hypersd.study.definition import Study, parse
+from hypersd.study.people import annotator_of, new_id, receipt_of
+from hypersd.study.votes import Store
+from hypersd.train import Diverged, Recipe, Run, Step
+
+SETTINGS = distill.Settings(rank=2, guidance=(3.0, 3.0), prompts=("a cat",))
+RECIPE = Recipe(updates=60, batch=4, lr=2e-2, warmup=2, weight_decay=0.0, ema=0.5)
+
+
+class Captioned(Latents):
+    """The tests' latents, with the captions that rewards ask for."""
+
+    def take(self, rows: Tensor, draws: Step | None = None) -> Any:
+        batch = super().take(rows, draws)
+        batch.__dict__["captions"] = [("a cat", "a dog", "red heart")[row % 3] for row in rows.tolist()]
+        return batch
+
+    def masks(self, rows: Tensor) -> Tensor:
+        return torch.ones(len(rows), 32, 32)
+
+
+@pytest.fixture
+def backbone(tiny_folder: Path) -> Backbone:
+    return Backbone.load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def parent(tiny_adapters: Sequence[AdapterFile]) -> AdapterFile:
+    return loop.parent_of(tiny_adapters, "tscd-4")
+
+
+def made(backbone: Backbone, parent: AdapterFile, asked: Asked | None = None, **changes: Any) -> Refinement:
+    given: dict[str, Any] = {"picker": Warm(), "prompts": PROMPTS[:3], "rewards": [Warm()]} | changes
+    return Refinement(
+        backbone, Captioned.of(backbone), parent, settings=SETTINGS, asked=asked or Asked(4, weight=5.0, rank=2), **given
+    )
+
+
+# ------------------------------------------------------------------------------------------------- structure
+
+
+def test_a_mask_that_is_found_is_not_wrong() -> None:
+    masks = torch.zeros(2, 64, 64)
+    masks[:, 16:48, 16:48] = 1
+    right = wrongness((masks * 2 - 1) * 20, masks)
+    assert float(right.max()) < 1e-3 and float(wrongness(-(masks * 2 - 1) * 20, masks).min()) > 10
+
+
+def outline(folder: Path) -> Outline:
+    """A segmenter with random weights, from disk."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.half() for k, v in Segmenter().state_dict().items()}, folder / structure.WEIGHTS)
+    return Outline(folder)
+
+
+def test_the_segmenter_sees_a_tensor_as_its_png(tmp_path: Path) -> None:
+    find = outline(tmp_path)
+    pixels = torch.randint(0, 256, (2, 128, 128, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    small = np.stack([
+        np.asarray(Image.fromarray(p.numpy()).resize((64, 64), Image.Resampling.BOX)) for p in pixels
+    ])  # fmt: skip
+    masks = torch.ones(2, 128, 128)
+    as_file = torch.from_numpy(small).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(find(as_file, masks), find(pixels.permute(0, 3, 1, 2) / 127.5 - 1, masks), rtol=0, atol=1e-3)
+
+
+def test_the_segmenters_gradient_is_the_slope(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Segmenter(4).double()
+    x = (torch.rand(1, 3, 8, 8, dtype=torch.float64) - 0.5).requires_grad_()
+    masks = (torch.rand(1, 8, 8) < 0.5).double()
+    assert torch.autograd.gradcheck(lambda x: wrongness(model(x), masks), (x,), fast_mode=True)
+
+
+def test_a_missing_segmenter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="python -m hypersd segmenter"):
+        Outline(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ refinement
+
+
+def test_loras_side_by_side_add_what_both_add(backbone: Backbone, tiny_adapters: Sequence[AdapterFile]) -> None:
+    one, two = (adapters.load(file.path) for file in tiny_adapters[:2])
+    x, states = torch.randn(2, *backbone.latent_shape), backbone.embed(["a cat", "a dog"])
+
+    def output(network: Any) -> Tensor:
+        with torch.no_grad():
+            return network(x, 500, encoder_hidden_states=states, return_dict=False)[0]
+
+    both = adapters.fused(adapters.fused(backbone.unet, one), two)
+    torch.testing.assert_close(output(adapters.fused(backbone.unet, added(one, two))), output(both), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("reuse", (1, 2)), ("rollout", (2, None))])
+def test_reuse_takes_no_further_call(
+    backbone: Backbone, parent: AdapterFile, mode: str, calls: tuple[int, int | None]
+) -> None:
+    """Distillation takes one call with gradient and two without; a rollout one more, and up to three without."""
+    objective = made(backbone, parent, Asked(4, mode, rank=2))
+    with counted(objective.network) as counts:
+        list(objective.losses(Step(0, RECIPE)))
+    assert counts["with gradient"] == calls[0]
+    assert counts["without gradient"] == 2 if calls[1] else 2 <= counts["without gradient"] <= 5
+
+
+def test_only_the_feedback_learns(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    objective = made(backbone, parent)
+    before = {name: tensor.clone() for name, tensor in objective.roles["parent"].adapter().items()}
+    base = [p.clone() for n, p in objective.network.named_parameters() if "lora" not in n]
+    run = Run(objective, replace(RECIPE, updates=3), tmp_path)
+    run.advance()
+    assert all(torch.equal(before[name], t) for name, t in objective.roles["parent"].adapter().items())
+    assert all(torch.equal(a, p) for a, (_, p) in zip(
+        base, ((n, p) for n, p in objective.network.named_parameters() if "lora" not in n), strict=True))  # fmt: skip
+    learned = objective.roles["student"].adapter()
+    assert all(float(t.abs().max()) > 0 for name, t in learned.items() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("mode", refl.MODES)
+def test_what_is_liked_is_drawn_more(backbone: Backbone, parent: AdapterFile, tmp_path: Path, mode: str) -> None:
+    """And the file draws just that, in the app's own way, on prompts that nothing looked at."""
+    objective = made(backbone, parent, Asked(4, mode, weight=5.0, rank=2))
+    found = refl.run(objective, RECIPE, tmp_path / "run", tmp_path / "new.safetensors", "tscd-new", votes="v")
+    assert found.look.value > found.before and found.look.step > 0
+    card = found.file.card
+    assert (card.name, card.segments, card.rank, card.recipe["votes"]) == ("tscd-new", 4, 4, "v")
+    assert card.recipe["parent"] == parent.sha256
+    table = discover([parent, found.file], backbone.network_sha256)
+    assert {"tscd", "tscd-new"} <= table.keys(), "it stands beside its parent in the app"
+    fresh = Backbone.load(backbone.folder)
+    new, old = (
+        np.mean([_warmth(draw(fresh, Request(p, 7, 4), table[name])) for p in PROMPTS[10:16]])
+        for name in ("tscd-new", "tscd")
+    )
+    assert new > old
+
+
+def _warmth(panel: Any) -> float:
+    pixels = torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8).view(1, panel.height, panel.width, 3)
+    return float(warmth(pixels.permute(0, 3, 1, 2) / 127.5 - 1))
+
+
+def test_the_feedback_can_be_merged_at_another_scale(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    found = refl.run(made(backbone, parent), RECIPE, tmp_path / "run", tmp_path / "new.safetensors", "tscd-new")
+    alone, both = (adapters.load(p) for p in (tmp_path / "run/feedback.safetensors", found.file.path))
+    name = next(iter(alone))
+    along = 0 if name.endswith("lora_A") else 1
+    assert torch.equal(both[name].split([2, 2], along)[1], alone[name])
+
+
+def test_a_threshold_that_is_reached_asks_for_nothing(backbone: Backbone, parent: AdapterFile) -> None:
+    class Content(Warm):
+        threshold = -100.0
+
+    step = Step(0, RECIPE)
+    (_, with_reward), (_, without) = (
+        next(made(Backbone.load(backbone.folder), parent, Asked(4, weight=w, rank=2), rewards=[Content()]).losses(step))
+        for w in (5.0, 0.0)
+    )
+    assert float(with_reward) == float(without)
+
+
+def test_structure_enters_the_loss(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    find, step = outline(tmp_path), Step(0, RECIPE)
+    losses = [
+        float(next(made(Backbone.load(backbone.folder), parent, Asked(4, weight=0.0, structure=w, rank=2),
+                        structure=find).losses(step))[1]) for w in (0.0, 1.0)
+    ]  # fmt: skip
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_a_reward_that_breaks_leaves_nothing(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    with pytest.raises(Diverged):
+        refl.run(made(backbone, parent, rewards=[Broken()]), RECIPE, tmp_path / "a", tmp_path / "x.safetensors", "n")
+    with pytest.raises(Problem, match="picked is nan"):
+        refl.run(made(Backbone.load(backbone.folder), parent, picker=Broken()), RECIPE, tmp_path / "b",
+                 tmp_path / "x.safetensors", "n")  # fmt: skip
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_where_nothing_is_better_nothing_is_written(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    class Cold(Warm):
+        def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+            return -warmth(pixels)
+
+    with pytest.raises(Problem, match="nothing was liked better than tscd-4"):
+        refl.run(made(backbone, parent, picker=Cold()), replace(RECIPE, updates=20), tmp_path / "a",
+                 tmp_path / "x.safetensors", "n")  # fmt: skip
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_bad_settings_are_explained(backbone: Backbone, parent: AdapterFile) -> None:
+    with pytest.raises(InputError, match="reuse, rollout, got 'both'"):
+        Asked(4, "both")
+    with pytest.raises(InputError, match="has 4 segments, so steps must be a multiple of that, got 6"):
+        loop.steps_for(parent, 6)
+    with pytest.raises(InputError, match="no reward is given"):
+        made(backbone, parent, rewards=[])
+    with pytest.raises(InputError, match="there is no LoRA 'nope'; choose from tscd-4"):
+        loop.parent_of([parent], "nope")
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+def study_of(arms: Sequence[str]) -> Study:
+    return parse(definition(prompts=list(PROMPTS), seeds=[1], arms=list(arms), anchor=arms[0], gold=[], ballots=120,
+                            shares={"gold": 0.0, "repeat": 0.0, "uniform": 1.0}))  # fmt: skip
+
+
+def people(desk: Desk, images: dict[str, float], count: int, rng: np.random.Generator) -> None:
+    """So many annotators who prefer the warmer picture, the surer the more it is warmer."""
+    for _ in range(count):
+        annotator = annotator_of(receipt_of(new_id()))
+        desk.consent(annotator)
+        while not isinstance(asked := desk.next(annotator), Wait):
+            left, right = (images[desk.items[side].image_sha256] for side in (asked.left, asked.right))
+            choice = "left" if rng.random() < 1 / (1 + np.exp(-60 * (left - right))) else "right"
+            desk.answer(asked.id, annotator, choice, dwell_ms=2000)
+
+
+@pytest.fixture(scope="module")
+def voted(
+    tiny_folder: Path, tiny_adapters: Sequence[AdapterFile], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Store, Study, Path]:
+    """Real drawings of three arms, in a store with the votes of four people."""
+    folder = tmp_path_factory.mktemp("voted")
+    study, backbone = study_of(["tscd@4", "tcd@4", "lcm@4"]), Backbone.load(tiny_folder)
+    table = discover(tiny_adapters, backbone.network_sha256)
+    store, warm = Store(folder / "study.db", clock=Tick()), {}
+    for arm in study.drawn_arms():
+        name, _, steps = arm.partition("@")
+        for prompt in study.prompts:
+            for seed in study.seeds:
+                panel = draw(backbone, Request(prompt, seed, int(steps)), table[name])
+                store.add_items([Item.of(panel)])
+                warm[panel.pixels_sha256] = _warmth(panel)
+                Image.frombytes("RGB", (panel.width, panel.height), panel.pixels).save(
+                    folder / f"{panel.pixels_sha256}.png")  # fmt: skip
+    people(Desk(store, study, seed=1), warm, 4, np.random.default_rng(0))
+    return store, study, folder
+
+
+def turn(
+    voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, tmp_path: Path, **changes: Any
+) -> list[str]:
+    store, study, images = voted
+    settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=100, reward=replace(reward.RECIPE, updates=50, batch=16),
+                             refine=RECIPE, **changes)  # fmt: skip
+    return list(loop.run(
+        store, study, images, parent, lambda: Backbone.load(tiny_folder), Captioned.of, settings, tmp_path / "runs",
+        tmp_path / "lora", training=SETTINGS,
+    ))  # fmt: skip
+
+
+def test_votes_make_a_lora_that_these_people_like_better(
+    voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, tmp_path: Path
+) -> None:
+    lines = turn(voted, parent, tiny_folder, tmp_path)
+    (file,) = adapters.found(tmp_path / "lora")
+    digest = file.card.recipe["votes"][:8]
+    assert file.card.name == f"tscd-{digest}" and any(f"tscd-{digest}@4" in line for line in lines)
+    fresh = Backbone.load(tiny_folder)
+    table = discover([parent, file], fresh.network_sha256)
+    unseen = ["happy dog", "a red red dog", "heart a cat", "dog happy a red", "cat dog cat", "heart"]
+    wins = [
+        _warmth(draw(fresh, Request(p, 30 + n, 4), table[file.card.name])) > _warmth(draw(fresh, Request(p, 30 + n, 4), table["tscd"]))
+        for p in unseen
+        for n in range(4)
+    ]
+    assert np.mean(wins) >= 0.8, "who voted for warm pictures gets warmer ones, of prompts they never saw"
+    from hypersd.study.definition import load
+
+    new = load(next((tmp_path / "runs").rglob("study.yaml")))
+    assert new.arms[-1] == f"tscd-{digest}@4" and new.sha256 != voted[1].sha256
+
+
+def test_too_few_votes_are_counted(
+    voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, tmp_path: Path
+) -> None:
+    store, study, images = voted
+    settings = loop.Settings(Asked(4), least=100_000)
+    with pytest.raises(Problem, match=r"100000 are needed: \d+ are missing"):
+        list(loop.run(store, study, images, parent, lambda: Backbone.load(tiny_folder), Captioned.of, settings,
+                      tmp_path / "runs", tmp_path / "lora", training=SETTINGS))  # fmt: skip
+    assert not (tmp_path / "lora").exists()
+
+
+# --------------------------------------------------------------------------------- a segmenter of transformers
+
+
+def test_an_instance_segmenter_of_transformers_gives_a_gradient() -> None:
+    pytest.importorskip("scipy", reason="transformers matches instances with scipy")
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    torch.manual_seed(0)
+    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    config = Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                               encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2,
+                               num_attention_heads=2, num_queries=4, num_labels=3, train_num_points=64)  # fmt: skip
+    find = Instances(Mask2FormerForUniversalSegmentation(config), side=64)
+    x = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    masks = F.pad(torch.ones(2, 16, 16), (8, 8, 8, 8))
+    losses = find(x, masks)
+    losses.sum().backward()
+    assert losses.shape == (2,) and x.grad is not None and float(x.grad.abs().sum()) > 0
+
+
+def test_the_taste_of_the_tests_has_all_splits() -> None:
+    splits = {row.split for row in liking.preferences().rows}
+    assert splits == {"train", "validation", "test"}
