@@ -77,6 +77,7 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
     "sdxl": Preset(_LARGE, replace(_LARGE_RECIPE, lr=5e-6)),
 }
 JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
+BEGINNINGS, MOST = 0.5, 8  # share of score distillation that starts from noise alone; steps whose places get the rest
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
 
@@ -203,6 +204,15 @@ class Distillation:
         end = torch.zeros_like(t)
         self._guidance = self._draw_guidance(step).to(device)
         return Places(x_t, t, end, end, t, batch.states.to(device, self.backbone.dtype))
+
+    def visits(self, step: Step) -> Places:
+        at = self.beginnings(step)
+        assert self._batch.latents is not None, "checked when the data was opened"
+        later = torch.tensor([t for t, _ in self.schedule.jumps(MOST)][1:])
+        drawn = later[(step.uniform("visit") * len(later)).long()].to(at.t.device)
+        t = torch.where(step.uniform("begin").to(at.t.device) < BEGINNINGS, at.t, drawn)
+        x_t = self.schedule.diffuse(self._batch.latents.to(at.x_t.device), at.x_t, t)
+        return at._replace(x_t=torch.where((t == at.t).view(-1, 1, 1, 1), at.x_t, x_t), t=t)
 
     def teacher_sample(self, at: Places, steps: int) -> Tensor:
         x_t = at.x_t

@@ -40,8 +40,8 @@ def preferences(count: int = 240, *, shuffled: bool = False) -> Preferences:
     base = torch.randint(60, 190, (2 * count, 1, 1, 3), generator=generator)
     texture = torch.randint(-50, 50, (2 * count, 8, 8, 3), generator=generator)
     pictures = (base + texture.repeat_interleave(SIDE // 8, 1).repeat_interleave(SIDE // 8, 2)).clamp(0, 255)
-    pictures = pictures.to(torch.uint8)
-    red = warmth(pictures.permute(0, 3, 1, 2).float())
+    pictures = (pictures.permute(0, 3, 1, 2) / 127.5 - 1).half()
+    red = warmth(pictures.float())
     coin = torch.rand(count, generator=generator) < 0.5
     rows = []
     for n in range(count):

@@ -432,7 +432,8 @@ def test_the_artwork_is_training_data_as_it_lies(tmp_path: Path) -> None:
     np.save(tmp_path / "artwork" / "masks.npy", pixels[..., 0])
     (tmp_path / "artwork" / "manifest.jsonl").write_text("".join(json.dumps(r.__dict__) + "\n" for r in rows))
     dataset = training.dataset(tmp_path, Emoji())
-    batch = every(dataset)
+    batch = every(dataset.cached)
+    assert dataset.masks(torch.tensor([1, 2])).unique().tolist() == pytest.approx([20 / 255, 40 / 255])
     assert batch.latents is not None and batch.captions == [f"thing {i}, noto style" for i in (0, 2, 4)]
     torch.testing.assert_close(batch.latents[:, 0, 0, 0] * 255, torch.tensor([0.0, 20, 40]), atol=0.1, rtol=0)
     drawn = [dataset.take(torch.tensor([1]), step(i, 1)).captions[0] for i in range(200)]

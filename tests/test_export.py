@@ -190,6 +190,26 @@ def test_preference_parquet_opens_as_pictures(out: Path) -> None:
             assert picture.format == "PNG"
 
 
+@pytest.mark.parametrize("name", ["pickapic", "preference", "imagefolder"])
+def test_datasets_loads_it(name: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name in the data card, as a stranger would; every split, the pictures as pictures."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    if name == "imagefolder":
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(out / name), cache_dir=str(tmp_path))
+    else:
+        loaded = datasets.load_dataset(str(out), name, cache_dir=str(tmp_path))
+    assert set(loaded) == {"train", "validation", "test"}
+    row = loaded["train"][0]
+    if name == "pickapic":
+        assert row["label_0"] + row["label_1"] == 1 and isinstance(row["jpg_0"], bytes)
+    elif name == "preference":
+        assert row["chosen"].size == row["rejected"].size and 0 < row["margin"] <= 1
+    else:
+        assert {"prompt", "margin", "n_votes"} <= row.keys()
+
+
 def test_no_cell_is_a_formula_and_the_text_is_kept_elsewhere(out: Path) -> None:
     rows = list(csv.reader(io.StringIO((out / "votes.csv").read_text(encoding="utf-8"))))
     assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]

@@ -64,7 +64,12 @@ def parent(tiny_adapters: Sequence[AdapterFile]) -> AdapterFile:
 def made(backbone: Backbone, parent: AdapterFile, asked: Asked | None = None, **changes: Any) -> Refinement:
     given: dict[str, Any] = {"picker": Warm(), "prompts": PROMPTS[:3], "rewards": [Warm()]} | changes
     return Refinement(
-        backbone, Captioned.of(backbone), parent, settings=SETTINGS, asked=asked or Asked(4, weight=5.0, rank=2), **given
+        backbone,
+        Captioned.of(backbone),
+        parent,
+        settings=SETTINGS,
+        asked=asked or Asked(4, weight=5.0, rank=2),
+        **given,
     )
 
 
@@ -90,13 +95,13 @@ def outline(folder: Path) -> Outline:
 
 def test_the_segmenter_sees_a_tensor_as_its_png(tmp_path: Path) -> None:
     find = outline(tmp_path)
-    pixels = torch.randint(0, 256, (2, 128, 128, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-    small = np.stack([
-        np.asarray(Image.fromarray(p.numpy()).resize((64, 64), Image.Resampling.BOX)) for p in pixels
-    ])  # fmt: skip
+    coarse = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255
+    pixels = F.interpolate(coarse, (128, 128), mode="bilinear").permute(0, 2, 3, 1).round().to(torch.uint8)
+    small = [np.asarray(Image.fromarray(p.numpy()).resize((64, 64), Image.Resampling.BOX)) for p in pixels]
     masks = torch.ones(2, 128, 128)
-    as_file = torch.from_numpy(small).permute(0, 3, 1, 2) / 127.5 - 1
-    torch.testing.assert_close(find(as_file, masks), find(pixels.permute(0, 3, 1, 2) / 127.5 - 1, masks), rtol=0, atol=1e-3)
+    as_file = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 127.5 - 1
+    as_tensor = pixels.permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(find(as_file, masks), find(as_tensor, masks), rtol=0, atol=1e-3)
 
 
 def test_the_segmenters_gradient_is_the_slope(tmp_path: Path) -> None:
@@ -124,7 +129,9 @@ def test_loras_side_by_side_add_what_both_add(backbone: Backbone, tiny_adapters:
             return network(x, 500, encoder_hidden_states=states, return_dict=False)[0]
 
     both = adapters.fused(adapters.fused(backbone.unet, one), two)
-    torch.testing.assert_close(output(adapters.fused(backbone.unet, added(one, two))), output(both), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output(adapters.fused(backbone.unet, added(one, two))), output(both), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("mode", "calls"), [("reuse", (1, 2)), ("rollout", (2, None))])
@@ -278,15 +285,13 @@ def voted(
 
 
 def turn(
-    voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, tmp_path: Path, **changes: Any
+    voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, folder: Path, least: int = 100
 ) -> list[str]:
     store, study, images = voted
-    settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=100, reward=replace(reward.RECIPE, updates=50, batch=16),
-                             refine=RECIPE, **changes)  # fmt: skip
-    return list(loop.run(
-        store, study, images, parent, lambda: Backbone.load(tiny_folder), Captioned.of, settings, tmp_path / "runs",
-        tmp_path / "lora", training=SETTINGS,
-    ))  # fmt: skip
+    learn = replace(reward.RECIPE, updates=50, batch=16)
+    settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=least, reward=learn, refine=RECIPE)
+    parts = (lambda: Backbone.load(tiny_folder), Captioned.of, settings, folder / "runs", folder / "lora")
+    return list(loop.run(store, study, images, parent, *parts, training=SETTINGS))
 
 
 def test_votes_make_a_lora_that_these_people_like_better(
@@ -300,7 +305,8 @@ def test_votes_make_a_lora_that_these_people_like_better(
     table = discover([parent, file], fresh.network_sha256)
     unseen = ["happy dog", "a red red dog", "heart a cat", "dog happy a red", "cat dog cat", "heart"]
     wins = [
-        _warmth(draw(fresh, Request(p, 30 + n, 4), table[file.card.name])) > _warmth(draw(fresh, Request(p, 30 + n, 4), table["tscd"]))
+        _warmth(draw(fresh, Request(p, 30 + n, 4), table[file.card.name]))
+        > _warmth(draw(fresh, Request(p, 30 + n, 4), table["tscd"]))
         for p in unseen
         for n in range(4)
     ]
@@ -314,11 +320,8 @@ def test_votes_make_a_lora_that_these_people_like_better(
 def test_too_few_votes_are_counted(
     voted: tuple[Store, Study, Path], parent: AdapterFile, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    store, study, images = voted
-    settings = loop.Settings(Asked(4), least=100_000)
     with pytest.raises(Problem, match=r"100000 are needed: \d+ are missing"):
-        list(loop.run(store, study, images, parent, lambda: Backbone.load(tiny_folder), Captioned.of, settings,
-                      tmp_path / "runs", tmp_path / "lora", training=SETTINGS))  # fmt: skip
+        turn(voted, parent, tiny_folder, tmp_path, least=100_000)
     assert not (tmp_path / "lora").exists()
 
 

@@ -51,7 +51,7 @@ def test_votes_become_shares_with_their_splits(study: tuple[Votes, Path, Path], 
     assert len(found.rows) == len(there) and {row.split for row in found.rows} == {"train", "validation", "test"}
     for row, pair in zip(found.rows, there, strict=True):
         assert row.share == pytest.approx((pair.votes_for + pair.ties / 2) / pair.n_votes) and row.split == pair.split
-    assert found.pictures.shape[1:] == (SIDE, SIDE, 3) and found.pictures.dtype == torch.uint8
+    assert found.pictures.shape[1:] == (3, SIDE, SIDE) and found.pictures.dtype == torch.float16
     assert found.ceiling is not None and 0.5 < found.ceiling <= 1
     assert found.sources == {"votes": len(there)}
     assert any(row.share == 0.5 for row in found.rows), "ties are kept, as what they are"
@@ -128,7 +128,10 @@ def test_contradictions_are_half_and_half(study: tuple[Votes, Path, Path]) -> No
         ("[]", "holds no preferences"),
         (json.dumps([{"text": "a", "good": 1}]), "none of the columns that are known"),
         (json.dumps([{"prompt": "a", "generations": ["x.png"], "ranking": "12"}]), "a row is not as|cannot be opened"),
-        (json.dumps([{"prompt": "a", "file_path": ["x.png", "y.png"], "human_preference": [1, 0]}]), "cannot be opened"),
+        (
+            json.dumps([{"prompt": "a", "file_path": ["x.png", "y.png"], "human_preference": [1, 0]}]),
+            "cannot be opened",
+        ),
         (json.dumps([{"prompt": "a", "file_path": 3, "human_preference": [1, 0]}]), "a row is not as HPD v2"),
     ],
 )

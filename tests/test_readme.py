@@ -27,7 +27,15 @@ EXAMPLES = {
     for line in SHELL
     if "hypersd" in (words := shlex.split(line, comments=True)) and "-m" in words
 }
-LONG = ("emoji", "evaluate", "bench")  # minutes to days; their own tests run them on tiny models
+LONG = (
+    "emoji",
+    "evaluate",
+    "bench",
+    "reward",
+    "segmenter",
+    "refine",
+    "loop",
+)  # minutes to days; their own tests run them on tiny models
 LINKS = re.findall(r"!?\[[^]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"", PROSE)
 
 

@@ -77,12 +77,14 @@ def test_pictures_get_a_gradient(learned: tuple[Card, Path]) -> None:
 def test_a_tensor_is_scored_as_its_png_is(learned: tuple[Card, Path], kind: str, tmp_path: Path) -> None:
     """Drawn pictures come as tensors, voted ones as files: both must mean the same."""
     judge = Trained(learned[1]) if kind == "reward" else Aligned(START)
-    pixels = torch.randint(0, 256, (4, 128, 128, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    coarse = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255
+    smooth = nn.functional.interpolate(coarse, (128, 128), mode="bilinear")  # as drawings are, and noise is not
+    pixels = smooth.permute(0, 2, 3, 1).round().to(torch.uint8)
     shown = pairs.Shown()
     for number, picture in enumerate(pixels):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{number}.png")
         shown.add(Image.open(tmp_path / f"{number}.png"))
-    as_file = shown.tensor().permute(0, 3, 1, 2) / 127.5 - 1
+    as_file = shown.tensor().float()
     as_tensor = pixels.permute(0, 3, 1, 2) / 127.5 - 1
     prompts = ["a cat"] * 4
     scale = 1.0 if isinstance(judge, Aligned) else float(scorer.inverse_temperature(judge.model.scorer.scale))
@@ -108,7 +110,7 @@ def test_soft_labels_want_their_own_logit() -> None:
 
 
 def test_a_folder_without_a_reward_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no whole reward model.*python -m hypersd reward"):
+    with pytest.raises(InputError, match=r"no whole reward model.*python -m hypersd reward"):
         reward.load(tmp_path)
 
 
@@ -122,26 +124,26 @@ def test_half_a_reward_is_named(learned: tuple[Card, Path], tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------- the best update
 
 
-class Hill(nn.Module):
+class Hill:
     """Its measure rises while the weight climbs to 5 and falls after it."""
 
     def __init__(self, measure: str = "hill") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.climber = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.climber.weight)
         self.measure = measure
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"hill": self}
+        return {"hill": self.climber}
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
-        yield "hill", 100 - self.weight.sum()
+        yield "hill", 100 - self.climber.weight.sum()
 
     def describe(self) -> dict[str, Any]:
         return {}
 
     def sheet(self, folder: Path, step: int) -> dict[str, float]:
-        height = -abs(float(self.weight) - 5.0)
-        return {"value": {"hill": height, "down": -float(self.weight), "nan": float("nan")}[self.measure]}
+        weight = float(self.climber.weight.detach())
+        return {"value": {"hill": -abs(weight - 5.0), "down": -weight, "nan": float("nan")}[self.measure]}
 
 
 CLIMB = Recipe(updates=60, batch=1, lr=0.5, warmup=1, weight_decay=0.0, ema=0.0)
@@ -189,7 +191,9 @@ test_reward.climb(Path(sys.argv[1]))
 def test_killed_and_started_again_it_ends_the_same(tmp_path: Path, look: int) -> None:
     whole, run = climb(tmp_path / "whole")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path / "killed"), str(look)], env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, str(tmp_path / "killed"), str(look)], env=environment, check=False
+    )
     assert done.returncode == -signal.SIGKILL
     again, resumed = climb(tmp_path / "killed")
     assert again == whole and resumed.step == run.step

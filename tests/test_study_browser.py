@@ -164,6 +164,19 @@ def test_two_tabs_are_one_annotator(visit: Visit, demo: gr.Blocks, booth: Pool) 
     assert other.complaints == []
 
 
+def test_a_double_click_is_one_vote_and_back_leaves_it(visit: Visit, demo: gr.Blocks, booth: Pool) -> None:
+    page, before = visit.page, len(stored(booth))
+    arrive(visit, demo)
+    page.dblclick("[data-choice=right]")
+    stands_at(visit, 2)
+    assert stored(booth)[before:] == ["right"]
+    page.goto(address(demo))
+    page.wait_for_selector("role=tab[name=Study]")
+    page.go_back()
+    stands_at(visit, 2)
+    assert stored(booth)[before:] == ["right"], "going back takes nothing back and votes for nothing"
+
+
 def test_a_tab_closed_right_after_the_click_has_voted(visit: Visit, demo: gr.Blocks, booth: Pool) -> None:
     before = len(stored(booth))
     arrive(visit, demo)

@@ -5,23 +5,29 @@ strace counts the calls that touch the database and kills the program at the n-t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from listing import ROOT
+from test_export import simulated
 from voting import ANN, issue, store
 
 from hypersd.study import mirror, schema
+from hypersd.study.export import export
 from hypersd.study.mirror import Folder
 from hypersd.study.votes import Store, now_us
 
+EXPORTED = ("README.md", "preference/test.parquet", "preference/train.parquet", "preference/validation.parquet",
+            "study.json", "votes.csv")  # fmt: skip
 WRITES = "pwrite64,write,fsync,fdatasync,unlink,ftruncate,rename"
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="no strace")
 
@@ -42,7 +48,8 @@ def traced(what: str, folder: Path, fault: str, calls: str = WRITES) -> int:
     """Run `one_write.py` with a fault at some call that touches the database or the mirror; the exit status."""
     touched = [folder / name for name in ("study.db", "study.db-journal", "study.db-wal", "study.db-shm")]
     segments = list((folder / "mirror").parent.glob("mirror/*"))
-    paths = [part for path in (*touched, folder, *segments) for part in ("-P", str(path))]
+    written = [folder / "out.partial" / name for name in EXPORTED] if what == "export" else []
+    paths = [part for path in (*touched, folder, *segments, *written) for part in ("-P", str(path))]
     inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:{fault}"]
     command = [sys.executable, str(ROOT / "tests/one_write.py"), what, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -66,17 +73,25 @@ def sound(folder: Path) -> Store:
     return again
 
 
-def kill_everywhere(what: str, tmp_path: Path, voted: int, calls: str = WRITES) -> list[tuple[Path, bool]]:
-    """Folders after a kill at each call, and whether the program came to its end."""
-    start, found = prepare(tmp_path / "start", voted), []
-    for n in range(1, 200):
-        folder = shutil.copytree(start, tmp_path / f"{what}{n}")
-        survived = traced(what, folder, f"signal=KILL:when={n}", calls) == 0
-        found.append((folder, survived))
-        if survived:
-            assert n > 3, "it was killed somewhere"
-            return found
-    raise AssertionError("it never came to its end")
+def kill_everywhere(what: str, tmp_path: Path, start: Path, calls: str = WRITES) -> Iterator[tuple[Path, bool]]:
+    """Folders after a kill at each call, and whether the program came to its end.
+
+    strace counts each kind of call for itself, so the kinds are gone through one after the other: told of all together
+    it would never reach a sync that comes after as many writes.
+    """
+    killed = 0
+    for call in calls.split(","):
+        for n in range(1, 200):
+            folder = shutil.copytree(start, tmp_path / f"{what}-{call}-{n}")
+            survived = traced(what, folder, f"signal=KILL:when={n}", call) == 0
+            yield folder, survived
+            shutil.rmtree(folder)
+            if survived:
+                break
+            killed += 1
+        else:
+            raise AssertionError(f"it never came to its end: {call}")
+    assert killed > 3, "it was killed somewhere"
 
 
 def count(kept: Store, table: sa.Table) -> int:
@@ -84,7 +99,7 @@ def count(kept: Store, table: sa.Table) -> int:
 
 
 def test_a_vote_is_there_if_it_was_acknowledged(ram: Path) -> None:
-    for folder, _ in kill_everywhere("vote", ram, voted=0):
+    for folder, _ in kill_everywhere("vote", ram, prepare(ram / "start", voted=0)):
         kept, acked = sound(folder), acknowledged(folder)
         assert count(kept, schema.vote) in ((1,) if acked == ["saved"] else (0, 1))
         asked = (folder / "ballots").read_text().split()[0]
@@ -95,7 +110,7 @@ def test_a_vote_is_there_if_it_was_acknowledged(ram: Path) -> None:
 
 @pytest.mark.slow
 def test_a_withdrawal_is_whole_or_not_at_all(ram: Path) -> None:
-    for folder, _ in kill_everywhere("withdraw", ram, voted=2):
+    for folder, _ in kill_everywhere("withdraw", ram, prepare(ram / "start", voted=2)):
         kept, acked = sound(folder), acknowledged(folder)
         left = (count(kept, schema.vote), count(kept, schema.ballot), count(kept, schema.event))
         assert left == (0, 0, 1) or (left == (2, 3, 0) and not acked)
@@ -105,17 +120,10 @@ def test_a_withdrawal_is_whole_or_not_at_all(ram: Path) -> None:
 @pytest.mark.slow
 def test_a_migration_is_whole_or_not_at_all(ram: Path) -> None:
     (ram / "start").mkdir()
-    for n in range(1, 200):
-        folder = ram / f"migrate{n}"
-        folder.mkdir()
-        survived = traced("migrate", folder, f"signal=KILL:when={n}") == 0
+    for folder, _ in kill_everywhere("migrate", ram, ram / "start"):
         names = tables(folder / "study.db")
         assert names in (set(), {"schema_version"}) or set(schema.KEYS) < names
         sound(folder).close()
-        if survived:
-            assert n > 3
-            return
-    raise AssertionError("it never came to its end")
 
 
 def tables(file: Path) -> set[str]:
@@ -128,7 +136,8 @@ def tables(file: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_row_is_on_the_mirror_or_waits(ram: Path) -> None:
-    for folder, _ in kill_everywhere("flush", ram, voted=2, calls="pwrite64,fsync,fdatasync,unlink,rename"):
+    start = prepare(ram / "start", voted=2)
+    for folder, _ in kill_everywhere("flush", ram, start, "pwrite64,fsync,fdatasync,unlink,rename"):
         kept, place, fresh = sound(folder), Folder(folder / "mirror"), Store(folder / "fresh.db")
         if acknowledged(folder):
             assert mirror.waiting(kept) == 0
@@ -137,6 +146,31 @@ def test_a_row_is_on_the_mirror_or_waits(ram: Path) -> None:
         assert [count(fresh, table) for table in schema.TABLES] == [count(kept, table) for table in schema.TABLES]
         kept.close()
         fresh.close()
+
+
+@pytest.mark.slow
+def test_an_export_is_whole_or_not_there(ram: Path) -> None:
+    """Pictures are among what it writes, inside the parquet files; a killed one is begun anew and ends the same."""
+    start = ram / "start"
+    start.mkdir()
+    kept, desk = simulated(start / "study.db", start / "pool")
+    kept.close()
+    (start / "definition").write_text(desk.study.definition)
+    wanted: set[str] = set()
+    for folder, survived in kill_everywhere("export", ram, start, "write,fsync,rename,mkdir"):
+        kept, out = sound(folder), folder / "out"
+        if not out.exists():
+            assert not survived and not acknowledged(folder)
+            export(kept, desk.study, folder / "pool", out, ["preference"])
+        kept.close()
+        wanted.add(digest(out))
+    assert len(wanted) == 1
+
+
+def digest(out: Path) -> str:
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    assert [path.relative_to(out).as_posix() for path in files] == sorted(EXPORTED)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @pytest.mark.parametrize("fault", ["fdatasync,fsync:error=EIO:when=1", "pwrite64:error=ENOSPC:when=1"])

@@ -18,18 +18,21 @@ import requests
 import sqlalchemy as sa
 from booth import ARMS, memory, small
 from fake import Painter, address, no_loops_left, served
+from gradio_client import Client
 from rows import METHODS
+from test_mirror import rows
 from voting import MINUTE, Clock
 
 from hypersd import ui
+from hypersd.__main__ import main
 from hypersd.pool import Missing, Pool
 from hypersd.records import CHOICES
-from hypersd.study import simulate
+from hypersd.study import mirror, simulate
 from hypersd.study.ballots import items_of
 from hypersd.study.people import annotator_of, receipt_of
 from hypersd.study.report import Reports
 from hypersd.study.schema import ballot, event, vote
-from hypersd.study.votes import NotSaved, now_us
+from hypersd.study.votes import NotSaved, Store, now_us
 from hypersd.ui import results
 from hypersd.ui.study import answering
 
@@ -278,6 +281,82 @@ def test_no_byte_that_reaches_the_browser_tells_the_arms_apart(demo: gr.Blocks, 
     for answer in [*answers, practised, begun, page, config]:
         assert not secrets(booth, arms=False).search(answer.text + str(answer.headers))
     assert set(component(demo)["props"]) & {"value", "server_fns"} and component(demo)["props"]["value"] == {}
+
+
+def test_nothing_but_the_pixels_tells_which_side_is_which(demo: gr.Blocks, booth: Pool) -> None:
+    """A classifier that sees all of an answer but the pixels, and how long it took, guesses the left arm no better
+    than one that sees nothing. The pictures' lengths are the pixels' own doing: PNG is what they are packed in."""
+    items, features, arms = items_of(booth.store), [], []
+    for _ in range(4):
+        mine = token(demo)
+        asked = post(demo, {"do": "ask", "token": mine})
+        while (shown := asked.json().get("next", asked.json()))["kind"] == "pair":
+            bare = without_pixels(asked.text)
+            digits = [int(c, 16) / 15 for c in shown["ballot"][:12]]
+            told = [asked.elapsed.total_seconds(), len(bare), len(str(asked.headers)), shown["votes"], len(arms) % 7]
+            features.append([*told, booth.study.prompts.index(shown["prompt"]), *digits])
+            row = booth.store.read(lambda c: c.execute(sa.select(ballot).where(ballot.c.id == shown["ballot"])).one())
+            arms.append(items[row.left].arm)
+            asked = post(
+                demo, {"do": "vote", "token": mine, "ballot": shown["ballot"], "choice": CHOICES[len(arms) % 4]}
+            )
+    right, chance = guessed(np.array(features), np.array(arms))
+    assert len(arms) >= 200
+    assert right <= chance + 3 * (chance * (1 - chance) / len(arms)) ** 0.5, (
+        f"{right:.2f} of {len(arms)}, chance {chance:.2f}"
+    )
+
+
+def test_the_classifier_finds_what_is_there_to_find() -> None:
+    rng = np.random.default_rng(0)
+    arms = rng.choice(ARMS, 240)
+    features = rng.normal(size=(240, 6))
+    assert guessed(features, arms)[0] < 0.5
+    features[:, 3] += 3 * (arms == ARMS[0])  # say, it takes longer to send
+    assert guessed(features, arms)[0] > 0.5
+
+
+def guessed(x: Any, arms: Any, folds: int = 8) -> tuple[float, float]:
+    """Share of arms that a linear classifier finds in features it was not fitted to, and the commonest arm's share."""
+    spread = x.std(0)
+    x = np.c_[(x - x.mean(0)) / np.where(spread > 0, spread, 1), np.ones(len(x))]
+    names = sorted(set(arms))
+    y = (arms[:, None] == np.array(names)).astype(float)
+    part, right = np.arange(len(x)) % folds, 0
+    for fold in range(folds):
+        seen, unseen = x[part != fold], x[part == fold]
+        weights = np.linalg.solve(seen.T @ seen + 10 * np.eye(x.shape[1]), seen.T @ y[part != fold])
+        right += int(((unseen @ weights).argmax(1) == y[part == fold].argmax(1)).sum())
+    return right / len(x), float(y.mean(0).max())
+
+
+def test_a_database_that_is_damaged_at_the_start_pauses_voting_and_nothing_else(ram: Path) -> None:
+    """And the mirror gives the exact rows back, by the command that the owner is told of."""
+    first = small(ram)
+    visitor = arrived(first)
+    shown = visitor("ask")
+    assert visitor("vote", ballot=shown["ballot"], choice="left")["kind"] == "saved"
+    place = mirror.Folder(ram / "mirror")
+    mirror.flush(first.store, place)
+    there = rows(first.store)
+    first.store.close()
+    spoiled = b"\xa5" * (ram / "study.db").stat().st_size
+    (ram / "study.db").write_bytes(spoiled)
+    paused = small(ram)
+    with served(ui.build(Painter(), METHODS, credits="", pool=paused)) as app:
+        answer = post(app, {"do": "begin"})
+        assert answer.ok and "paused" in answer.json()["said"] and "Traceback" not in answer.text
+        late = post(app, {"do": "vote", "token": visitor.token, "ballot": shown["ballot"], "choice": "left"}).json()
+        assert late["kind"] != "saved"
+        drawn = Client(address(app), verbose=False).predict("a cat", api_name="/compare")
+        assert drawn, "the rest of the app works"
+    (aside,) = ram.glob("study.db.damaged-*")
+    assert aside.read_bytes() == spoiled
+    assert main(["study", "restore", "--database", str(ram / "study.db"), "--mirror", str(ram / "mirror")]) == 0
+    again = Store(ram / "study.db")
+    assert again.paused == ""
+    assert rows(again) == there
+    again.close()
 
 
 def kind_of(booth: Pool, ballot_id: str) -> str:

@@ -31,8 +31,8 @@ class Action(NamedTuple):
 
 def reward_arguments(parser: argparse.ArgumentParser) -> None:
     _votes_arguments(parser)
-    parser.add_argument("--pairs", action="append", default=[], help="files of preferences instead of votes: Pick-a-Pic, Image"
-                        "Reward, HPD v2 or v3, or what study export writes; may be given again")  # fmt: skip
+    known = "Pick-a-Pic, ImageReward, HPD v2 or v3, or what study export writes"
+    parser.add_argument("--pairs", action="append", default=[], help=f"files instead of votes, also several: {known}")
     parser.add_argument("--constructed", action="store_true", help="pairs of known order: artwork over drawn ones")
     parser.add_argument("--limit", default=200, help="constructed: prompts (default: %(default)s)")
     parser.add_argument("--runs", default="runs/reward", help="folder of the run (default: %(default)s)")
@@ -188,12 +188,10 @@ def loop_run(given: argparse.Namespace) -> Lines:
         refine=_refining(given),
     )
     store, study = _study_of(given)
-    lines = loop.run(
-        store, study, Path(given.images), parent, distill.loader(given.backbone),
-        training.opener(given.data, Path("runs/distill") / Path(given.backbone).name), settings, Path(given.runs), folder,
-        training=distill.preset(given.backbone).settings,
-    )  # fmt: skip
-    yield from lines
+    cached = Path("runs/distill") / Path(given.backbone).name
+    parts = (distill.loader(given.backbone), training.opener(given.data, cached), settings, Path(given.runs), folder)
+    learned = distill.preset(given.backbone).settings
+    yield from loop.run(store, study, Path(given.images), parent, *parts, training=learned)
 
 
 ACTIONS = {

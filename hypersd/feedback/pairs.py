@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hypersd.emoji.autoencoder import to_float
+from hypersd.emoji.scorer import SIDE, shrink
 from hypersd.records import InputError, Problem
 from hypersd.study import quality
 from hypersd.study.pairs import Votes, pairs, split_of
-
-SIDE = 64  # pixels; what the reward models here look at
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Pictures, uint8 [n, SIDE, SIDE, 3], and what is known of pairs of them.
+    """Pictures as reward models see them, float16 [n, 3, SIDE, SIDE] in -1..1, and what is known of pairs of them.
 
     `ceiling` is how often one annotator agrees with the majority of the others, where that is known: no reward model
     can be expected to do better.
@@ -83,22 +83,22 @@ class Shown:
 
     def __init__(self) -> None:
         self._number: dict[bytes, int] = {}
-        self._pixels: list[np.ndarray] = []
+        self._pixels: list[Tensor] = []
 
     def add(self, picture: Image.Image) -> int:
         """The number of a picture, shrunk by areas, and never stretched: what is not square is cut."""
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         square = picture.convert("RGB").crop((left, top, left + side, top + side))
-        pixels = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BOX))
-        key = hashlib.sha256(pixels.tobytes()).digest()
+        pixels = shrink(to_float(np.asarray(square)[None]))[0].half()  # not rounded to bytes, as what is drawn is not
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
         if key not in self._number:
             self._number[key] = len(self._pixels)
             self._pixels.append(pixels)
         return self._number[key]
 
     def tensor(self) -> Tensor:
-        return torch.from_numpy(np.stack(self._pixels)) if self._pixels else torch.empty(0, SIDE, SIDE, 3).byte()
+        return torch.stack(self._pixels) if self._pixels else torch.empty(0, 3, SIDE, SIDE).half()
 
 
 def join(*parts: Preferences) -> Preferences:

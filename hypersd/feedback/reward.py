@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from hypersd import intervals
 from hypersd.checkpoint import sha256
 from hypersd.emoji import scorer
-from hypersd.emoji.autoencoder import to_float
 from hypersd.feedback.pairs import Preferences
 from hypersd.records import InputError, Problem
 from hypersd.train import Recipe, Run, Step
@@ -110,7 +109,7 @@ class Preferring:
 
     def _gap(self, rows: Tensor, mirror: Tensor | None = None) -> Tensor:
         """Score of the first picture less that of the second, from one pass over both. [rows]"""
-        x = to_float(self.pictures[self.ends[rows].T.flatten()].numpy())
+        x = self.pictures[self.ends[rows].T.flatten()].float()
         if mirror is not None:  # both of a pair, so that neither gains by it
             x = torch.where(mirror.repeat(2).view(-1, 1, 1, 1), x.flip(3), x)
         first, second = self.reward(x, self.states[self.text[rows]].repeat(2, 1)).chunk(2)
@@ -141,7 +140,7 @@ class Preferring:
         liked = [
             (r.first if r.share > 0.5 else r.second, r.prompt) for r in (self.preferences.rows[n] for n in numbers)
         ]
-        x = to_float(self.pictures[[picture for picture, _ in liked]].numpy())
+        x = self.pictures[[picture for picture, _ in liked]].float()
         states = self.states[[self.texts.index(prompt) for _, prompt in liked]]
         return float(self.reward(x, states).mean())
 

@@ -106,6 +106,11 @@ class Training(Protocol):
         """The micro-batch's captions with pure noise at the last timestep, where a drawing begins."""
         ...
 
+    def visits(self, step: train.Step) -> Places:
+        """The micro-batch where drawings stop by: one half as `beginnings`, the others' latents noised to timesteps
+        that 2, 4 and 8 steps visit after it."""
+        ...
+
     def teacher_sample(self, at: Places, steps: int) -> Tensor:
         """What the guided base draws from x_t in so many DDIM steps, without gradient."""
         ...
