@@ -113,7 +113,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artwork", default="runs/emoji/artwork", help="the real pictures (default: %(default)s)")
     parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick or -ladder)")
     parser.add_argument("--quick", action="store_true", help="6 prompts a set, 2 drawings, teacher of 25 steps")
-    parser.add_argument("--publish", action="store_true", help="into assets/measured too, which the app shows")
+    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    parser.add_argument("--publish", action="store_true", help="into assets too: what the app and the reports go by")
     parser.add_argument("--ladder", action="store_true", help="ask which metrics can be believed, of the base model")
 
 
@@ -129,7 +130,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
     out, artwork = Path(given.out or f"runs/evaluate{kind}"), Path(given.artwork)
     if given.ladder:
         limit, seeds = given.limit or (12 if given.quick else 60), given.seeds or 2
-        page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds)
+        page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds, engine=given.engine)
     else:
         wanted = plan.make(
             backbone=given.backbone,
@@ -142,10 +143,12 @@ def evaluate_command(given: argparse.Namespace) -> None:
             limit=given.limit or (plan.QUICK if given.quick else None),
         )
         metrics = evaluate.chosen(given.metrics, quick=given.quick)
-        page = evaluate.run(wanted, given.backbone, out, metrics, artwork)
+        page = evaluate.run(wanted, given.backbone, out, metrics, artwork, given.engine)
     if page:
         print(page)
-        if given.publish and not given.ladder:
+        if given.publish and given.ladder:
+            ladder.publish(out)
+        elif given.publish:
             from hypersd.bench import publish
 
             publish(out, "report.json", "quality.png")

@@ -286,7 +286,8 @@ def test_no_byte_that_reaches_the_browser_tells_the_arms_apart(demo: gr.Blocks, 
 def test_nothing_but_the_pixels_tells_which_side_is_which(demo: gr.Blocks, booth: Pool) -> None:
     """A classifier that sees all of an answer but the pixels, and how long it took, guesses the left arm no better
     than one that sees nothing. The pictures' lengths are the pixels' own doing: PNG is what they are packed in."""
-    items, features, arms = items_of(booth.store), [], []
+    items, features = items_of(booth.store), list[list[float]]()
+    arms: list[str] = []
     for _ in range(4):
         mine = token(demo)
         asked = post(demo, {"do": "ask", "token": mine})

@@ -20,7 +20,9 @@ from hypersd.evaluate.measures import METRICS, Metric
 from hypersd.evaluate.plan import Plan
 
 
-def run(wanted: Plan, backbone_name: str, folder: Path, metrics: Sequence[Metric], artwork: Path) -> Path | None:
+def run(
+    wanted: Plan, backbone_name: str, folder: Path, metrics: Sequence[Metric], artwork: Path, engine: str = "torch"
+) -> Path | None:
     """Draw what is not there yet, measure all of it, write the report; returns its page. Metrics that failed on the
     ladder are named and not used.
 
@@ -32,7 +34,7 @@ def run(wanted: Plan, backbone_name: str, folder: Path, metrics: Sequence[Metric
     """
     bench.need("matplotlib", "pyarrow")
     state = PartialState()
-    backbone = Backbone.load(backbone_name, device=str(state.device))
+    backbone = Backbone.load(backbone_name, device=str(state.device), engine=engine)
     wanted = gallery.possible(wanted, backbone)
     record = wanted.record(backbone)
     plan.claim(folder, record)

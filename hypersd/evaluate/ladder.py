@@ -11,6 +11,7 @@ Half of the prompts' real pictures are the yardstick, the other half are judged,
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +74,15 @@ class Rung:
     evidence: Evidence
 
 
-def run(backbone_name: str, folder: Path, artwork: Path, *, limit: object = 60, seeds: object = 2) -> Path | None:
+def run(
+    backbone_name: str,
+    folder: Path,
+    artwork: Path,
+    *,
+    limit: object = 60,
+    seeds: object = 2,
+    engine: str = "torch",
+) -> Path | None:
     """Draw the teacher's rungs, climb, write ladder.json and ladder.md; returns the page.
 
     Raises:
@@ -88,7 +97,7 @@ def run(backbone_name: str, folder: Path, artwork: Path, *, limit: object = 60, 
         sets="seen,composition,concept", methods=plan.TEACHER, steps=TEACHER_STEPS[1:],
         teacher_steps=TEACHER_STEPS[0], seeds=seeds, limit=limit,
     )  # fmt: skip
-    backbone = Backbone.load(backbone_name, device=str(state.device))
+    backbone = Backbone.load(backbone_name, device=str(state.device), engine=engine)
     record = wanted.record(backbone)
     plan.claim(folder, record)
     gallery.fill(wanted, folder, backbone, state.process_index, state.num_processes)
@@ -103,6 +112,11 @@ def run(backbone_name: str, folder: Path, artwork: Path, *, limit: object = 60, 
     page = folder / "ladder.md"
     page.write_text(markdown(content), encoding="utf-8")
     return page
+
+
+def publish(folder: Path) -> None:
+    """Make the ladder in `folder` the one whose verdict every report follows."""
+    shutil.copyfile(folder / "ladder.json", judges.ASSETS / FILE)
 
 
 # ---------------------------------------------------------------------------------------------------- verdicts

@@ -71,6 +71,7 @@ class Plan:
             "base_sha256": backbone.sha256,
             "device": backbone.device.type,
             "dtype": str(backbone.dtype).removeprefix("torch."),
+            "engine": backbone.engine,
             "prompts": len(self.prompts),
             "sets": {name: len(numbers) for name, numbers in self.sets.items()},
             "prompts_sha256": emoji.sha256(self.prompts),
