@@ -142,7 +142,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
             seeds=given.seeds or (2 if given.quick else 4),
             limit=given.limit or (plan.QUICK if given.quick else None),
         )
-        metrics = evaluate.chosen(given.metrics, quick=given.quick)
+        metrics = evaluate.chosen(given.metrics, quick=given.quick, published=given.backbone != "emoji")
         page = evaluate.run(wanted, given.backbone, out, metrics, artwork, given.engine)
     if page:
         print(page)

@@ -17,7 +17,7 @@ ROWS = [
     "records",
     "pictures schedule metrics quality intervals",
     "solvers",
-    "checkpoint muon adapters",
+    "checkpoint muon adapters scores",
     "train data",
     "compiled roles adversary",
     "backbone",

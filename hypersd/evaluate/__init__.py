@@ -52,12 +52,15 @@ def run(
     return report.write(folder, {**content, "ladder": {"note": note, "dropped": dropped}}, scores, kept)
 
 
-def chosen(names: object, *, quick: bool = False) -> list[Metric]:
-    """The metrics of these names, all by default. A quick run leaves out the look at every training picture.
+def chosen(names: object, *, quick: bool = False, published: bool = False) -> list[Metric]:
+    """The metrics of these names; by default all, the `published` ones if asked for.
+
+    A quick run leaves out the look at every training picture.
 
     Raises:
         InputError: an unknown name, with the nearest that is known.
     """
     if names:
         return [METRICS[name] for name in plan.names(names, METRICS, "metric")]
-    return [metric for metric in METRICS.values() if not (quick and metric.name == "memorised")]
+    left_out = {"memorised"} if quick else set()
+    return [m for m in METRICS.values() if m.name not in left_out and (published or not m.published)]

@@ -13,10 +13,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hypersd import quality
+from hypersd import quality, scores
 from hypersd.emoji.prompts import Prompt
+from hypersd.records import InputError
 
 T = TypeVar("T")
+BATCH = 16  # pictures that a published score looks at together
 CANDIDATES = 100  # texts that a picture is told apart from, its own included
 
 
@@ -77,6 +79,7 @@ class Metric:
     scale: float = 1.0
     digits: int = 3
     optimised: str = ""
+    published: bool = False  # its weights come from elsewhere, so it is measured when asked for
 
 
 def get(thing: T | str) -> T:
@@ -142,6 +145,26 @@ def _colour(e: Evidence) -> Tensor:
     return _each(quality.colour_right(e.pixels.flatten(0, 1), flat), e.pixels)
 
 
+def _published(name: str) -> Callable[[Evidence], Tensor]:
+    """A score of `scores`, picture by picture."""
+
+    @torch.inference_mode()
+    def run(e: Evidence) -> Tensor:
+        try:
+            scorer = scores.load(name)
+        except InputError as reason:
+            raise Missing(str(reason)) from None
+        prompts = [p.text for p in e.prompts for _ in range(e.pixels.shape[1])]
+        pixels = e.pixels.flatten(0, 1).permute(0, 3, 1, 2)
+        parts = [
+            scorer(part.float() / 127.5 - 1, prompts[i : i + BATCH])
+            for i, part in zip(range(0, len(prompts), BATCH), pixels.split(BATCH), strict=True)
+        ]
+        return _each(torch.cat(parts), e.pixels)
+
+    return run
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -167,5 +190,7 @@ METRICS: dict[str, Metric] = {
                digits=2),
         Metric("frechet", "Fréchet distance of as many pictures as prompts", -1,
                lambda e: torch.tensor(quality.frechet_distance(get(e.features)[:, 0], get(e.real)))),
+        *(Metric(row.name, row.title, 1, _published(row.name), optimised=row.optimised, published=True)
+          for row in scores.PUBLISHED.values()),
     )
 }  # fmt: skip

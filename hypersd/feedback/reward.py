@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hypersd import intervals
+from hypersd import intervals, scores
 from hypersd.checkpoint import sha256
 from hypersd.emoji import scorer
 from hypersd.feedback.pairs import Preferences
@@ -321,7 +321,12 @@ class Aligned:
 
 
 def load(folder: Path) -> Reward:
-    """The reward model, or the plain scorer, in a folder. Raises InputError and ArtworkError as these do."""
+    """The reward model, or the plain scorer, in a folder; or a published score by its name.
+
+    Raises InputError and ArtworkError as these do.
+    """
+    if str(folder) in scores.PUBLISHED:
+        return scores.load(str(folder))
     if (folder / "scorer.json").is_file() and not (folder / CARD).is_file():
         return Aligned(folder)
     return Trained(folder)
