@@ -180,7 +180,7 @@ def bench_command(given: argparse.Namespace) -> None:
 
 
 def distill_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("method", help="lcm, tcd, tscd, dmd or hyper: see `python -m hypersd methods`")
+    parser.add_argument("method", help="lcm, tcd, tscd, tscd-cfg, dmd or hyper: see `python -m hypersd methods`")
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument(
         "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"
@@ -192,6 +192,7 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
                          ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
         parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
+    parser.add_argument("--start", type=int, help="timestep of score distillation and of one step (default: the last)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
     parser.add_argument("--dry-run", action="store_true", help="say what it will take, train nothing")
@@ -209,7 +210,7 @@ def distill_command(given: argparse.Namespace) -> None:
     changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
     recipe = replace(recipe, **changed)
     settings = replace(settings, rank=settings.rank if given.rank is None else given.rank,
-                       guidance=_span(given.guidance, settings.guidance))  # fmt: skip
+                       guidance=_span(given.guidance, settings.guidance), start=given.start)  # fmt: skip
     load = distill.loader(given.backbone)
     if given.dry_run:
         from hypersd.plan import dry_run

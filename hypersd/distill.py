@@ -44,11 +44,15 @@ TEACHER_STEPS = 50  # of the pictures that students are measured against
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same in every stage. `guidance` is the teacher's scale, drawn from the range for each latent."""
+    """What is the same in every stage. `guidance` is the teacher's scale, drawn from the range for each latent.
+
+    `start` is the timestep at which score distillation, and a drawing in one step, begins; None for the last one.
+    """
 
     rank: int
     guidance: tuple[float, float]
     points: int = 40
+    start: int | None = None
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
     autocast: bool = False  # the network computes in bfloat16 whatever its weights are, where there are units for it
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
@@ -56,6 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         whole_number(self.rank, "rank", 1, 1024)
         low, high = (real_number(g, "guidance", 1.0, 30.0) for g in self.guidance)  # below 1 it would guide away
+        if self.start is not None:
+            object.__setattr__(self, "start", whole_number(self.start, "start", 1, 10**6))
         if low > high:
             raise InputError(f"the guidance range runs from {low:g} down to {high:g}; type {high:g}-{low:g}")
 
@@ -77,6 +83,7 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
     "sdxl": Preset(_LARGE, replace(_LARGE_RECIPE, lr=5e-6)),
 }
 JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
+EMPTY = 0.1  # share of empty captions where guidance is kept, as the base models were trained with
 BEGINNINGS, MOST = 0.5, 8  # share of score distillation that starts from noise alone; steps whose places get the rest
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
@@ -109,8 +116,12 @@ class Distillation:
         self, backbone: Backbone, data: Data, method: Method, stage: Stage, settings: Settings, seed: int = 0
     ) -> None:
         assert method.losses is not None, "find() gives methods that are trained"
+        if method.keeps_guidance:
+            settings = replace(settings, guidance=(1.0, 1.0))
         self.backbone, self.data, self.method, self.stage, self.settings = backbone, data, method, stage, settings
         self.schedule = backbone.schedule
+        last = len(self.schedule) - 1
+        self.start = last if settings.start is None else whole_number(settings.start, "start", 1, last)
         self.segments = Segments.of(stage.segments, settings.points, len(self.schedule))
         self.network = backbone.unet
         self.roles = Roles(self.network)
@@ -168,7 +179,10 @@ class Distillation:
         x_t = self.schedule.diffuse(x0, noise, t)
         if self.settings.pure_noise:
             x_t = torch.where((t == len(self.schedule) - 1).view(-1, 1, 1, 1), noise, x_t)
-        return Places(x_t, t, t_prev, t_end, t_top, batch.states.to(device, self.backbone.dtype))
+        states = batch.states
+        if self.method.keeps_guidance:
+            states = torch.where((step.uniform("empty") < EMPTY).view(-1, 1, 1), self.data.empty.to(states), states)
+        return Places(x_t, t, t_prev, t_end, t_top, states.to(device, self.backbone.dtype))
 
     def _draw_guidance(self, step: Step) -> Tensor:
         low, high = self.settings.guidance
@@ -200,7 +214,7 @@ class Distillation:
         batch = self._batch = self.data.take(step.rows(len(self.data)), step)
         device = self.backbone.device
         x_t = step.randn("beginning", self.backbone.latent_shape).to(device)
-        t = torch.full((len(x_t),), len(self.schedule) - 1, device=device)
+        t = torch.full((len(x_t),), self.start, device=device)
         end = torch.zeros_like(t)
         self._guidance = self._draw_guidance(step).to(device)
         return Places(x_t, t, end, end, t, batch.states.to(device, self.backbone.dtype))
@@ -273,7 +287,7 @@ class Distillation:
         for number, prompt in enumerate(self.settings.prompts):
             for n in SHEET_STEPS:
                 with self.roles.wear("student"):
-                    x = denoise(self.backbone, Request(prompt, number, n, guidance=1.0), row).x
+                    x = denoise(self.backbone, Request(prompt, number, n, guidance=1.0), row, start=self.start).x
                 pictures.append(self.backbone.decode(x)[0])
                 error = float((x - goals[number]).square().mean())
                 distance[f"to_teacher_{n}"] += error / len(self.settings.prompts)
@@ -468,6 +482,7 @@ def card(training: Run, name: str) -> Adapter:
         eta=method.eta,
         updates=training.step,
         data=objective.data.digest,
+        start=objective.start,
         commit=commit(),
         recipe={**asdict(training.recipe), **objective.describe()},
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypersd import __version__
 from hypersd.backbone import Backbone, ModelError
 from hypersd.methods import Method
-from hypersd.records import Panel, Request
+from hypersd.records import FINAL, Panel, Request
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,17 @@ def draw(
 
 
 def denoise(
-    backbone: Backbone, request: Request, method: Method, *, on_step: Callable[[StepInfo], None] | None = None
+    backbone: Backbone,
+    request: Request,
+    method: Method,
+    *,
+    start: int | None = None,
+    on_step: Callable[[StepInfo], None] | None = None,
 ) -> Latents:
     """From the request's noise to clean latents. Differentiable; `draw` wraps it in inference mode.
 
-    Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes.
+    Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes. One step
+    begins at the timestep `start`, where it is not given at the one that the adapter was trained for.
     """
     schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
     adapter = method.adapter(request.steps)
@@ -103,6 +109,10 @@ def denoise(
     fresh_noise = _noise_after(x_t, request.seed)
     nfe = 0
     jumps = schedule.jumps(request.steps, method.spacing)
+    if start is None and adapter:
+        start = adapter.card.start
+    if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)
+        jumps = [(min(start, len(schedule) - 1), FINAL)]
     for index, (t, s) in enumerate(jumps):
         network_input = torch.cat([x_t, x_t]) if guided else x_t
         output = backbone.predict(network_input, t, states, adapter)

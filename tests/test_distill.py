@@ -28,8 +28,10 @@ import hypersd.__main__ as command_line
 from hypersd import adapters, checkpoint, distill, plan
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation, Settings
-from hypersd.methods import METHODS, Stage
-from hypersd.records import InputError
+from hypersd.emoji import training
+from hypersd.generate import denoise
+from hypersd.methods import METHODS, Stage, discover
+from hypersd.records import InputError, Request
 from hypersd.schedule import PREDICTIONS
 from hypersd.train import Recipe, RecipeChanged, Run, Step
 
@@ -132,6 +134,54 @@ def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lora" / "hyper-1.safetensors").unlink()
     made = train(tmp_path / "lora")
     assert made.card.recipe["start"] == start.sha256 and (made.card.method, made.card.segments) == ("hyper", 1)
+
+
+def test_scores_are_compared_where_drawings_stop_by(backbone: Backbone) -> None:
+    """Half from noise alone, the rest from latents noised to the stops of 8 steps after the first, evenly."""
+    made, recipe = objective(backbone, "hyper", METHODS["hyper"].stages[0]), replace(RECIPE, batch=400, accumulate=1)
+    step = Step(0, recipe)
+    begun, at = made.beginnings(step), made.visits(step)
+    first = at.t == 999
+    assert torch.equal(at.x_t[first], begun.x_t[first]) and 160 < int(first.sum()) < 240
+    later = [t for t, _ in made.schedule.jumps(8)][1:]
+    assert set(at.t[~first].tolist()) == set(later)
+    x0 = made.data.take(step.rows(len(made.data)), step).latents
+    assert x0 is not None
+    torch.testing.assert_close(at.x_t[~first], made.schedule.diffuse(x0, begun.x_t, at.t)[~first])
+
+
+def test_a_start_is_where_one_step_begins_and_more_do_not(backbone: Backbone, tmp_path: Path) -> None:
+    """Trained from t = 800, and drawn from there: the file says so."""
+    method, recipe = METHODS["dmd"], replace(RECIPE, updates=1)
+    made = Distillation(backbone, Latents.of(backbone), method, method.stages[0], replace(SETTINGS, start=800))
+    assert made.beginnings(Step(0, recipe)).t.tolist() == [800] * recipe.batch
+    run = Run(made, recipe, tmp_path / "run")
+    run.advance()
+    file = adapters.save(tmp_path / "dmd.safetensors", made.roles["ema"].adapter(), distill.card(run, "dmd"))
+    assert file.card.start == 800
+    fresh, told = Backbone.load(backbone.folder), []
+    for name, steps in (("dmd", 1), ("hyper", 1), ("hyper", 2)):
+        other = file._replace(card=replace(file.card, method=name, name=name))
+        row = discover([other], fresh.network_sha256)[name]
+        denoise(fresh, Request("a cat", 0, steps), row, on_step=lambda info: told.append(info.timestep))
+    assert told == [800, 800, 999, 499]
+    with pytest.raises(InputError, match="start must be a whole number from 1 to 999, got 1000"):
+        Distillation(Backbone.load(backbone.folder), Latents.of(backbone), method, method.stages[0],
+                     replace(SETTINGS, start=1000))  # fmt: skip
+
+
+def test_where_guidance_is_kept_the_teacher_is_not_guided_and_some_captions_are_empty(backbone: Backbone) -> None:
+    row = METHODS["tscd-cfg"]
+    made = Distillation(backbone, Latents.of(backbone), row, row.stages[0], SETTINGS)
+    step = Step(0, replace(RECIPE, batch=400, accumulate=1))
+    at = made.places(step)
+    empty = (at.states == made.data.empty).all(2).all(1)
+    assert 20 <= int(empty.sum()) <= 60, "about a tenth"
+    with plan.counted(made.network) as calls:
+        made.teacher_step(at)
+    assert calls["samples"] == 400, "one call for each, not two"
+    row.check(Request("a cat", 0, 16))
+    assert row.guidance > 1
 
 
 def test_each_loss_teaches_its_own_module_and_nothing_else(backbone: Backbone, tmp_path: Path) -> None:
@@ -472,8 +522,8 @@ def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("tcsd", "method must be one of lcm, tcd, tscd, dmd, hyper, got 'tcsd'"),
-        ("base", "method must be one of lcm, tcd, tscd, dmd, hyper, got 'base'"),
+        ("tcsd", "method must be one of lcm, tcd, tscd, tscd-cfg, dmd, hyper, got 'tcsd'"),
+        ("base", "method must be one of lcm, tcd, tscd, tscd-cfg, dmd, hyper, got 'base'"),
         ("tcd --batch 21", "the data holds 20 samples, fewer than a batch of 21"),
         ("tcd --batch 4 --accumulate 3", "a batch of 4 cannot be cut into 3 equal parts"),
         ("tcd --batch 0", "batch must be a whole number from 1"),
@@ -494,7 +544,7 @@ def test_a_wrong_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command_line, "_opener", lambda data, runs: Latents.of)
+    monkeypatch.setattr(training, "opener", lambda data, runs: Latents.of)
     Path("file").write_text("kept")
     backbone = [] if "--backbone" in given else ["--backbone", str(tiny_folder)]
     out = [] if "--out" in given else ["--out", "out"]

@@ -62,7 +62,7 @@ def test_draws_finite_latents_that_the_seed_decides(
     method: Method, tiny_backbone: Backbone, tiny_adapters: Sequence[AdapterFile]
 ) -> None:
     method = methods.discover(tiny_adapters, tiny_backbone.network_sha256)[method.name]
-    for steps in {method.steps.low, min(method.steps.high, 4)}:
+    for steps in {method.steps.low, min(method.steps.high, max(method.steps.low, 4))}:
         first, again, other = (
             denoise(tiny_backbone, Request("a cat", seed=seed, steps=steps), method).x for seed in (1, 1, 2)
         )
@@ -136,8 +136,8 @@ def test_two_names_of_one_method_are_two_rows() -> None:
     ("odd", "sentence"),
     [
         (lora("tcd", base="other"), r"trained on another base; train it again with: python -m hypersd distill tcd"),
-        (lora("pcm"), r"its method must be one of lcm, tcd, tscd, dmd, hyper, it says 'pcm'"),
-        (lora("base"), r"its method must be one of lcm, tcd, tscd, dmd, hyper, it says 'base'"),
+        (lora("pcm"), r"its method must be one of lcm, tcd, tscd, tscd-cfg, dmd, hyper, it says 'pcm'"),
+        (lora("base"), r"its method must be one of lcm, tcd, tscd, tscd-cfg, dmd, hyper, it says 'base'"),
         (lora("lcm", name="tcd"), r"it is of method lcm, but 'tcd' is another method's name; choose another --name"),
         (lora("lcm", name="base"), r"it is of method lcm, but 'base' is another method's name"),
         (lora("lcm", name="mine"), r"it is of method lcm, but 'mine' is another method's name"),

@@ -35,6 +35,7 @@ def reward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", action="append", default=[], help=f"files instead of votes, also several: {known}")
     parser.add_argument("--constructed", action="store_true", help="pairs of known order: artwork over drawn ones")
     parser.add_argument("--limit", default=200, help="constructed: prompts (default: %(default)s)")
+    parser.add_argument("--engine", default="torch", help="constructed: torch or openvino (default: %(default)s)")
     parser.add_argument("--runs", default="runs/reward", help="folder of the run (default: %(default)s)")
     parser.add_argument("--out", default="runs/reward/out", help="folder of the reward model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
@@ -60,7 +61,8 @@ def reward_run(given: argparse.Namespace) -> Lines:
     if given.constructed:
         from hypersd.feedback import known
 
-        parts.append(known.emoji(Path("runs/emoji/artwork"), whole_number(given.limit, "limit", 3, 10**6)))
+        limit = whole_number(given.limit, "limit", 3, MANY)
+        parts.append(known.emoji(Path("runs/emoji/artwork"), limit, given.engine))
     if not parts:
         from hypersd.study.pairs import gather
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hypersd.adapters import AdapterFile, beside, found, network_sha256
-from hypersd.methods import dmd, hyper, lcm, tcd, teacher, tscd
+from hypersd.methods import dmd, hyper, lcm, tcd, teacher, tscd, tscd_cfg
 from hypersd.methods.base import Method, Stage, StepRange
 from hypersd.records import Adapter, InputError
 
 __all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
 
-METHODS: dict[str, Method] = {m.METHOD.name: m.METHOD for m in (teacher, lcm, tcd, tscd, dmd, hyper)}
+METHODS: dict[str, Method] = {m.METHOD.name: m.METHOD for m in (teacher, lcm, tcd, tscd, tscd_cfg, dmd, hyper)}
 
 
 def find(name: str, table: dict[str, Method] = METHODS) -> Method:

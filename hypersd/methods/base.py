@@ -140,8 +140,9 @@ class Method:
     `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its
     grid of timesteps. `losses` and `stages` say how it is trained, stage after stage, None and () for the base model;
     `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that are
-    trained. `adapters` are what came of it and was found, one a stage. `otherwise` ends the sentence that a wrong
-    step count gets, for example "for one step choose hyper".
+    trained. With `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came of
+    it and was found, one a stage. `otherwise` ends the sentence that a wrong step count gets, for example "for one
+    step choose hyper".
     """
 
     name: str
@@ -160,6 +161,7 @@ class Method:
     stages: tuple[Stage, ...] = ()
     begins_with: str = ""
     learners: tuple[str, ...] = ("student",)
+    keeps_guidance: bool = False
     adapters: tuple[AdapterFile, ...] = ()
 
     def check(self, request: Request) -> None:
@@ -192,7 +194,17 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """The row without its functions, ready for JSON."""
-        hidden = ("step", "steps", "otherwise", "losses", "stages", "begins_with", "learners", "adapters")
+        hidden = (
+            "step",
+            "steps",
+            "otherwise",
+            "losses",
+            "stages",
+            "begins_with",
+            "learners",
+            "keeps_guidance",
+            "adapters",
+        )
         row = {name: value for name, value in vars(self).items() if name not in hidden}
         adapters = [{"file": a.path.name, "sha256": a.sha256, **asdict(a.card)} for a in self.adapters]
         return {**row, "steps": asdict(self.steps), "adapters": adapters}
