@@ -10,17 +10,20 @@ from hypersd import hosting, pool, ui
 from hypersd.engine import Engine
 from hypersd.methods import installed
 
+NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPERSD_ENGINE", "torch")
 
-def load(device: str) -> Any:
-    from hypersd.backbone import Backbone
 
-    return Backbone.load("emoji", device=device, engine=os.environ.get("HYPERSD_ENGINE", "torch"))
+def load() -> Any:
+    from hypersd.backbone import Backbone, best_device
+
+    device, dtype = best_device()
+    return Backbone.load(NAME, device=device, dtype=dtype, engine=ENGINE)
 
 
 if __name__ == "__main__":
-    methods = installed("emoji")
+    methods = installed(NAME)
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
-    engine = Engine(lambda: load("cuda" if on_gpu else "cpu"), methods, on_gpu)
+    engine = Engine(load, methods, on_gpu)
     front = pool.Shared(engine)
     study = pool.prepare(front, methods)
     demo = ui.build(front, methods, pool=study)

@@ -84,6 +84,37 @@ def methods_command(given: argparse.Namespace) -> None:
         )
 
 
+def fetch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backbone", help="the base model: sd15")
+    parser.add_argument("methods", nargs="*", help="methods to fetch the published LoRAs of (default: list them)")
+    parser.add_argument("--file", help="a copy of the one LoRA that is asked for, instead of the hub's")
+    parser.add_argument("--out", help="folder of the LoRA files (default: where the app looks)")
+
+
+def fetch_command(given: argparse.Namespace) -> None:
+    from hypersd import releases
+    from hypersd.adapters import beside, network_sha256
+
+    there, out = releases.of(given.backbone), Path(given.out) if given.out else beside(given.backbone)[1]
+    if not given.methods:
+        for release in there:
+            print(releases.describe(release, (out / f"{release.name}.safetensors").is_file()))
+        print(f"fetch some with: python -m hypersd fetch {given.backbone} {there[0].method}")
+        return
+    wanted = releases.chosen(given.backbone, given.methods)
+    if given.file and len(wanted) > 1:
+        names = ", ".join(release.name for release in wanted)
+        raise InputError(f"--file is one LoRA, but {', '.join(given.methods)} are {len(wanted)}: {names}")
+    from hypersd.backbone import find_folder
+
+    size = sum(release.megabytes for release in wanted)
+    print(f"{given.backbone} and {size} MB of LoRAs, unless they are cached")
+    base = network_sha256(find_folder(given.backbone)[1])
+    for release in wanted:
+        get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub
+        print(f"{releases.fetch(release, base, out, get).path}: {release.licence}", flush=True)
+
+
 def emoji_arguments(parser: argparse.ArgumentParser) -> None:
     from hypersd.emoji import PARTS
 
@@ -284,6 +315,7 @@ def _feedback(name: str, help: str) -> Command:
 COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
+    "fetch": Command("get published few-step LoRAs, and their base model", fetch_arguments, fetch_command),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
     **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),

@@ -255,10 +255,15 @@ def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) ->
 
 
 def beside(backbone: str) -> tuple[Path, Path]:
-    """(model's folder, folder of its adapters) of a model that came with the package, or of a local one."""
+    """(model's folder, folder of its adapters) of a model that came with the package, or of a local one.
+
+    The adapters of one from the hub lie in runs/lora, below the model's name.
+    """
     assets = Path(__file__).parent.parent / "assets"
-    here = assets / f"{backbone}-sd"
-    return (here, assets / f"{backbone}-lora") if here.is_dir() else (Path(backbone), Path(backbone) / "lora")
+    here, local = assets / f"{backbone}-sd", Path(backbone)
+    if here.is_dir():
+        return here, assets / f"{backbone}-lora"
+    return local, local / "lora" if local.is_dir() else Path("runs/lora") / local.name
 
 
 def network_sha256(folder: Path) -> str:
@@ -266,6 +271,9 @@ def network_sha256(folder: Path) -> str:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         return ""
+    blob = weights.resolve().name
+    if weights.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+        return blob  # the hub's cache names large files by their sha256
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # loading the model says what is wrong with it
         listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         return str(listed[weights.relative_to(folder).as_posix()])

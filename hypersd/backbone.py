@@ -38,6 +38,7 @@ WEIGHTS = {  # part -> name of its weight file without the ending
 }
 CACHED_PROMPTS = 256
 ENGINES = ("torch", "openvino")
+SMALL, FUSED_LARGE = 100_000_000, 2  # parameters; a large network is kept merged with so many adapters
 FUSED_NETWORKS = 6  # kept merged with an adapter; the unchanged layers are shared with the base
 
 
@@ -99,8 +100,9 @@ class Backbone:
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape: tuple[int, int, int] = (unet.config.in_channels, height, width)
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
-        self._wearing = lru_cache(FUSED_NETWORKS)(self._fuse)
-        self._compiled_wearing = lru_cache(FUSED_NETWORKS)(self._compile)
+        kept = FUSED_NETWORKS if sum(p.numel() for p in unet.parameters()) < SMALL else FUSED_LARGE
+        self._wearing = lru_cache(kept)(self._fuse)
+        self._compiled_wearing = lru_cache(kept)(self._compile)
         self.engine, self._compiled = engine, self._trace() if engine == "openvino" else None
 
     @classmethod
@@ -277,6 +279,21 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
     if name == "emoji":
         return name, beside, preset.licence
     return name, _fetch(name, preset.source), preset.licence
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a hub preset that is on this machine already; None if it is not, or no preset. Fetches nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name not in BACKBONES or name == "emoji":
+        return None
+    file = try_to_load_from_cache(BACKBONES[name].source, "model_index.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def best_device() -> tuple[str, torch.dtype]:
+    """Where to draw, and in which numbers: a GPU in half precision if there is one."""
+    return ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
 def check_folder(folder: Path, name: str) -> None:

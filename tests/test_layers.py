@@ -19,7 +19,7 @@ ROWS = [
     "solvers",
     "checkpoint muon adapters scores",
     "train data",
-    "compiled roles adversary",
+    "compiled roles adversary releases",
     "backbone",
     "methods",
     "generate sweep",

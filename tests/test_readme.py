@@ -27,15 +27,8 @@ EXAMPLES = {
     for line in SHELL
     if "hypersd" in (words := shlex.split(line, comments=True)) and "-m" in words
 }
-LONG = (
-    "emoji",
-    "evaluate",
-    "bench",
-    "reward",
-    "segmenter",
-    "refine",
-    "loop",
-)  # minutes to days; their own tests run them on tiny models
+FEEDBACK = ("reward", "segmenter", "refine", "loop")
+LONG = ("emoji", "evaluate", "bench", "fetch", *FEEDBACK)  # minutes to days, or the network; tested by themselves
 LINKS = re.findall(r"!?\[[^]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"", PROSE)
 
 

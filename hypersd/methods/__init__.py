@@ -29,6 +29,10 @@ def find(name: str, table: dict[str, Method] = METHODS) -> Method:
 def installed(backbone: str = "emoji") -> dict[str, Method]:
     """The table of what can draw on a backbone with the adapters that lie beside it."""
     model, folder = beside(backbone)
+    if not model.is_dir():
+        from hypersd.backbone import cached  # takes torch along, which a page that opens need not wait for
+
+        model = cached(backbone) or model
     return discover(found(folder), network_sha256(model))
 
 
@@ -72,4 +76,7 @@ def _misfit(card: Adapter, base_sha256: str, others: Sequence[AdapterFile]) -> s
 def _row(method: Method, name: str, files: Sequence[AdapterFile]) -> Method:
     title = method.title if name == method.name else f"{method.title}: {name}"  # two rows of a method are told apart
     card = files[0].card
-    return replace(method, name=name, title=title, guidance=card.guidance, eta=card.eta, adapters=tuple(files))
+    licence = str(card.recipe.get("licence", method.licence))  # of a release, which is its makers'
+    return replace(
+        method, name=name, title=title, guidance=card.guidance, eta=card.eta, licence=licence, adapters=tuple(files)
+    )

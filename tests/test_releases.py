@@ -1,0 +1,139 @@
+"""Published LoRAs: written down right, kept as adapters of ours, drawn as diffusers draws the file itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hypersd import adapters, methods, releases
+from hypersd.__main__ import main
+from hypersd.backbone import Backbone, cached
+from hypersd.generate import draw
+from hypersd.methods import METHODS, discover
+from hypersd.records import InputError, Request
+from hypersd.releases import RELEASES, Release
+from hypersd.roles import Roles
+
+
+def published(backbone: Backbone, folder: Path, *, kohya: bool, rank: int = 2, alpha: float = 1.0) -> Path:
+    """A LoRA file as its makers leave it: no card, one or the other way of naming, an alpha that is not its rank."""
+    torch.manual_seed(3)
+    role = Roles(Backbone.load(backbone.folder).unet).add("any", rank=rank)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in role.adapter().items():
+        layer, half = name.rsplit(".", 1)
+        random = 0.1 * torch.randn(tensor.shape)
+        if kohya:
+            stem = f"lora_unet_{layer.replace('.', '_')}"
+            tensors[f"{stem}.lora_{'down' if half == 'lora_A' else 'up'}.weight"] = random
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+        else:
+            tensors[f"unet.{layer}.{half}.weight"] = random
+    path = folder / "theirs.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def taken(path: Path) -> Callable[[str, str], Path]:
+    return lambda repository, file: path
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_every_release_is_drawn_as_its_method_allows(release: Release) -> None:
+    card = release.card("b", 64)
+    method = METHODS[card.method]
+    assert method.losses is not None and card.segments in method.steps
+    assert card.guidance > 1 if method.keeps_guidance else card.guidance == 1
+    assert release.licence and release.megabytes > 0
+    file = adapters.AdapterFile(Path(f"{release.name}.safetensors"), "s", card)
+    row = discover([file], "b")[card.method]
+    assert (row.eta, row.guidance, row.licence) == (release.eta, release.guidance, release.licence)
+    assert row.adapter(release.segments) == file
+
+
+def test_files_of_one_backbone_have_names_of_their_own() -> None:
+    for backbone in {release.backbone for release in RELEASES}:
+        names = [release.name for release in releases.of(backbone)]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("kohya", [True, False], ids=["kohya", "diffusers"])
+def test_a_release_becomes_a_row_and_draws(tiny_backbone: Backbone, tmp_path: Path, kohya: bool) -> None:
+    theirs = published(tiny_backbone, tmp_path, kohya=kohya)
+    release = Release("hyper", "tiny", "maker/repo", "x.safetensors", 1, "their licence", 3, eta=1.0)
+    file = releases.fetch(release, tiny_backbone.network_sha256, tmp_path / "lora", taken(theirs))
+    assert file.card.recipe["release"] == "maker/repo/x.safetensors" and file.card.rank == 2
+    row = discover([file], tiny_backbone.network_sha256)["hyper"]
+    panel = draw(tiny_backbone, Request("a cat", 0, 2), row)
+    assert panel.adapter_sha256 == file.sha256 and panel.eta == 1.0
+    assert panel.pixels != draw(tiny_backbone, Request("a cat", 0, 2, guidance=1.0), METHODS["base"]).pixels
+
+
+def test_an_alpha_is_multiplied_in(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    """kohya's scale is alpha / rank: what is kept has a scale of 1 and says the same."""
+    theirs = published(tiny_backbone, tmp_path, kohya=True, rank=4, alpha=1.0)
+    release = Release("lcm", "tiny", "maker/repo", "x", 1, "free", 1)
+    file = releases.fetch(release, tiny_backbone.network_sha256, tmp_path / "lora", taken(theirs))
+    from safetensors.torch import load_file
+
+    raw, kept = load_file(theirs), adapters.load(file.path)
+    name = next(iter(kept)).rsplit(".", 1)[0]
+    stem = f"lora_unet_{name.replace('.', '_')}"
+    down, up = (raw[f"{stem}.lora_{half}.weight"].flatten(1) for half in ("down", "up"))
+    delta = kept[f"{name}.lora_B"].flatten(1) @ kept[f"{name}.lora_A"].flatten(1)
+    torch.testing.assert_close(delta, up @ down / 4, rtol=0.01, atol=1e-4)
+
+
+def test_what_is_no_lora_leaves_nothing(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    file = tmp_path / "no.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    release = Release("lcm", "tiny", "maker/repo", "x", 1, "free", 1)
+    with pytest.raises(adapters.AdapterError, match="is not a LoRA of a UNet"):
+        releases.fetch(release, "b", tmp_path / "lora", taken(file))
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_command_lists_fetches_and_explains(
+    tiny_backbone: Backbone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = shutil.copytree(tiny_backbone.folder, tmp_path / "model")
+    theirs = published(tiny_backbone, tmp_path, kohya=True)
+    two = (Release("lcm", str(model), "maker/repo", "x", 1, "free", 1),
+           *(Release("tscd", str(model), "maker/repo", f"{k}", k, "RAIL", 2) for k in (4, 2)))  # fmt: skip
+    monkeypatch.setattr(releases, "RELEASES", two)
+    monkeypatch.setattr(releases.of, "__defaults__", (two,))
+    monkeypatch.setattr(releases, "hub", taken(theirs))
+    assert main(["fetch", str(model)]) == 0
+    assert "tscd-4" in (said := capsys.readouterr().out) and "RAIL" in said and "1 MB" in said
+    assert main(["fetch", str(model), "tscd", "--file", str(theirs)]) == 2
+    assert "--file is one LoRA" in capsys.readouterr().err
+    assert main(["fetch", str(model), "lcm", "--file", str(theirs)]) == 0
+    assert main(["fetch", str(model), "turbo"]) == 2
+    assert "no turbo is published" in capsys.readouterr().err
+    assert list(methods.installed(str(model))) == ["base", "lcm"]
+    assert main(["fetch", str(model)]) == 0
+    assert "at hand" in capsys.readouterr().out
+    assert main(["fetch", "nothing"]) == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_nothing_is_fetched_to_see_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cached("sd15") is None and cached("emoji") is None and cached("/nowhere") is None
+    assert list(methods.installed("sd15")) == ["base"]
+
+
+def test_the_hub_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"could not be fetched from the Hugging Face hub .*--file"):
+        releases.hub("ByteDance/Hyper-SD", "no-such-file.safetensors")
