@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from judged import make_artwork
 from test_export import simulated
 from voting import in_memory
 
+from hypersd.feedback import known as known_order
 from hypersd.feedback import pairs
 from hypersd.feedback.pairs import SIDE, Preferences
 from hypersd.records import InputError, Problem
@@ -160,6 +162,15 @@ def test_known_order_is_labelled_with_its_rungs() -> None:
     }
     for row in found.rows:
         assert found.pictures[row.first].float().mean() < found.pictures[row.second].float().mean()
+
+
+def test_the_embedded_model_has_a_known_order(tmp_path: Path) -> None:
+    """Real, drawn, spoiled: three kinds of pairs for each caption, and the spoiled ones are visibly so."""
+    make_artwork(tmp_path / "artwork", [], trained=4)
+    found = known_order.emoji(tmp_path / "artwork", 2)
+    assert sorted(found.sources.values()) == [2, 2, 2] and {row.share for row in found.rows} == {1.0}
+    flat = torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)
+    assert float(known_order.worse(flat).float().std()) > 20
 
 
 def test_joined_preferences_point_at_their_own_pictures(found: Preferences) -> None:

@@ -34,7 +34,7 @@ def reward_arguments(parser: argparse.ArgumentParser) -> None:
     known = "Pick-a-Pic, ImageReward, HPD v2 or v3, or what study export writes"
     parser.add_argument("--pairs", action="append", default=[], help=f"files instead of votes, also several: {known}")
     parser.add_argument("--constructed", action="store_true", help="pairs of known order: artwork over drawn ones")
-    parser.add_argument("--limit", default=200, help="constructed: prompts (default: %(default)s)")
+    parser.add_argument("--limit", default=1000, help="constructed: captions (default: %(default)s)")
     parser.add_argument("--engine", default="torch", help="constructed: torch or openvino (default: %(default)s)")
     parser.add_argument("--runs", default="runs/reward", help="folder of the run (default: %(default)s)")
     parser.add_argument("--out", default="runs/reward/out", help="folder of the reward model (default: %(default)s)")

@@ -10,41 +10,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hypersd.backbone import Backbone
-from hypersd.emoji import artwork, prompts
-from hypersd.evaluate.plan import seed
+from hypersd.emoji import artwork
 from hypersd.feedback.pairs import Preferences, constructed
 from hypersd.generate import draw
 from hypersd.methods import find
-from hypersd.records import Problem, Request
+from hypersd.records import Request
 
-RUNGS = (("teacher, 25 steps", 25), ("teacher, 4 steps", 4))
-SETS = ("seen", "composition")  # sets of prompts that have a real picture
+STEPS = 8  # of the teacher, whose pictures hardly change after that
+SPLITS = ("train", "composition")  # whose things the teacher knows
 
 
 def emoji(folder: Path, limit: int, engine: str = "torch") -> Preferences:
-    """The embedded model's: real pictures, the teacher's in 25 steps, and its pictures of 4 made blurred and noisy.
+    """The embedded model's: real pictures, the teacher's of the same captions, and those made blurred and noisy.
 
-    Raises:
-        Problem: the artwork is not there.
+    At most `limit` captions, spread evenly over the artwork. Raises ArtworkError: it is not there.
     """
     pictures, _, rows = artwork.load(folder)
-    place = {row.id: number for number, row in enumerate(rows)}
-    known = [p for p in prompts.load() if p.set in SETS and p.picture in place]
-    chosen = known[:: max(1, -(-len(known) // limit))]
-    if not chosen:
-        raise Problem(f"{folder} holds none of the pictures that the frozen prompts name")
-    backbone, base = Backbone.load("emoji", engine=engine), find("base")
-    ladder = {"artwork": torch.stack([torch.from_numpy(pictures[place[p.picture]].copy()) for p in chosen])}
-    for name, steps in RUNGS:
-        drawn = []
-        for prompt in tqdm(chosen, desc=name, unit="picture"):
-            panel = draw(backbone, Request(prompt.text, seed(prompt, 0), steps), base)
-            flat = torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8)
-            drawn.append(flat.view(panel.height, panel.width, 3))
-        ladder[name] = torch.stack(drawn)
-    ladder["4 steps, blurred and noisy"] = worse(ladder["teacher, 4 steps"])
-    del ladder["teacher, 4 steps"]  # whether 25 steps are better than 4 is for people to say
-    return constructed([p.text for p in chosen], ladder)
+    places = [place for place, row in enumerate(rows) if row.split in SPLITS]
+    chosen = places[:: max(1, -(-len(places) // limit))]
+    captions = [artwork.captions(rows[place])[0] for place in chosen]
+    backbone, base, drawn = Backbone.load("emoji", engine=engine), find("base"), []
+    for place, caption in tqdm(list(zip(chosen, captions, strict=True)), desc="teacher", unit="picture"):
+        panel = draw(backbone, Request(caption, place, STEPS), base)
+        flat = torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8)
+        drawn.append(flat.view(panel.height, panel.width, 3))
+    ladder = {
+        "artwork": torch.from_numpy(pictures[chosen]),
+        f"teacher, {STEPS} steps": torch.stack(drawn),
+        "the same, blurred and noisy": worse(torch.stack(drawn)),
+    }
+    return constructed(captions, ladder)
 
 
 def worse(pictures: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from hypersd.feedback.pairs import Preferences
 from hypersd.records import InputError, Problem
 from hypersd.train import Recipe, Run, Step
 
-RECIPE = Recipe(updates=400, batch=32, lr=3e-4, warmup=20, cooldown=200, weight_decay=0.05, ema=0.98)
-EVERY, PATIENCE = 25, 5  # updates between two looks at the held-out pairs, looks without a better one until it ends
+RECIPE = Recipe(updates=600, batch=32, lr=6e-4, warmup=20, cooldown=300, weight_decay=0.2, ema=0.98)
+EVERY, PATIENCE = 25, 8  # updates between two looks at the held-out pairs, looks without a better one until it ends
 CARD = "reward.json"
 
 
