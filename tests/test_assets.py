@@ -13,9 +13,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypersd import pictures
 from hypersd.backbone import Backbone
 from hypersd.emoji import artwork, scorer
+from hypersd.feedback import known, reward, structure
 from hypersd.generate import draw
 from hypersd.methods import METHODS
-from hypersd.records import Request
+from hypersd.records import Panel, Request
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -85,3 +86,25 @@ def test_every_pack_is_credited() -> None:
     credits = (ASSETS / "CREDITS.md").read_text()
     for pack in artwork.PACKS:
         assert pack.credit.split(" by ")[0] in credits and pack.licence in credits
+
+
+@pytest.mark.skipif(not (ASSETS / "emoji-reward").exists(), reason="the reward is not trained yet")
+def test_the_reward_prefers_drawings_to_spoiled_ones(backbone: Backbone) -> None:
+    judge = reward.load(ASSETS / "emoji-reward")
+    prompts = ["red heart", "cat face", "pizza", "snowman", "rocket", "owl"]
+    drawn = torch.stack([pixels(draw(backbone, Request(p, 3, 8), METHODS["base"])) for p in prompts])
+    good, bad = (x.permute(0, 3, 1, 2) / 127.5 - 1 for x in (drawn, known.worse(drawn)))
+    assert int((judge(good, prompts) > judge(bad, prompts)).sum()) >= 5
+    assert isinstance(judge, reward.Trained) and judge.card.low > 0.5, "better than a coin on prompts it never saw"
+
+
+@pytest.mark.skipif(not (ASSETS / "emoji-segmenter").exists(), reason="the segmenter is not trained yet")
+def test_the_segmenter_finds_the_heart(backbone: Backbone) -> None:
+    find = structure.Outline(ASSETS / "emoji-segmenter")
+    x = pixels(draw(backbone, Request("red heart", 1), METHODS["base"])).permute(2, 0, 1)[None] / 127.5 - 1
+    coloured = (x.amax(1) - x.amin(1) > 0.5).float()
+    assert float(find(x, coloured)) < 0.3 < float(find(x, 1 - coloured))
+
+
+def pixels(panel: Panel) -> torch.Tensor:
+    return torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8).view(panel.height, panel.width, 3)
