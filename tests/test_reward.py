@@ -171,6 +171,17 @@ def test_what_is_not_finite_picks_nothing(tmp_path: Path) -> None:
         climb(tmp_path, "nan")
 
 
+def test_a_checkpoint_between_two_looks_changes_nothing(tmp_path: Path) -> None:
+    whole, _ = climb(tmp_path / "whole")
+    run = Run(Hill(), CLIMB, tmp_path / "cut")
+    keep_first = run.draw()["value"]
+    (tmp_path / "cut/looks.json").write_text(json.dumps([{"step": 0, "value": keep_first}]))
+    run.advance(until=6)  # as if it had been killed there, three updates after the look that came last
+    again, _ = climb(tmp_path / "cut")
+    looks = json.loads((tmp_path / "cut/looks.json").read_text())
+    assert [look["step"] % 4 for look in looks] == [0] * len(looks) and again.step in (whole.step, whole.step + 4)
+
+
 KILL = """
 import os, signal, sys
 from pathlib import Path

@@ -188,7 +188,8 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
     told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     looks = [Look(**look) for look in told if look["step"] <= run.step]
     while True:
-        if not looks or looks[-1].step < run.step:
+        due = run.step % every == 0 or run.step >= run.recipe.updates  # a run that was killed may be in between
+        if due and (not looks or looks[-1].step < run.step):
             value = (run.measures if run.measures else run.draw())[by]
             if not np.isfinite(value):
                 raise Problem(f"{by} is {value} after {run.step} updates in {run.folder}; nothing was written")
@@ -196,7 +197,7 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
                 _save(run, best)
             looks.append(Look(run.step, value))
             file.write_text(json.dumps([asdict(look) for look in looks]), encoding="utf-8")
-        chosen = max(looks, key=lambda look: (look.value, -look.step))
+        chosen = max(looks, key=lambda look: (look.value, -look.step), default=Look(run.step, -np.inf))
         behind = sum(look.step > chosen.step for look in looks)
         if run.step >= run.recipe.updates or behind >= patience:
             break
