@@ -372,8 +372,8 @@ def test_what_fails_on_the_ladder_is_dropped_with_its_figure(
     results: Path, tiny_folder: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "No ladder has been climbed yet" in (results / "report.md").read_text(encoding="utf-8")
-    failed = {"holds": False, "series": {"blur": {"values": {}, "tau": 0.33, "holds": False}}}
-    held = {"holds": True, "series": {"blur": {"values": {}, "tau": 1.0, "holds": True}}}
+    failed = {"holds": False, "series": {"blur": {"values": {}, "tau": 0.33, "decided": 6, "holds": False}}}
+    held = {"holds": True, "series": {"blur": {"values": {}, "tau": 1.0, "decided": 6, "holds": True}}}
     climbed = {"plan": {"prompts": 9, "judges": {"measure": "thumbnails"}}}
     climbed |= {"metrics": {"r_precision": failed, "diversity": held}}
     (tmp_path / ladder.FILE).write_text(json.dumps(climbed), encoding="utf-8")

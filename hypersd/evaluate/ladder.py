@@ -3,7 +3,8 @@
 Pictures whose order of quality is known are put to every metric: real ones, the same through the autoencoder, the
 teacher's in 50, 8, 4 and 1 steps; and real ones that are blurred, made noisy, recoloured, given each other's captions,
 reduced to few kinds or replaced by copies. A metric holds if Kendall's tau between its figures and the known order is
-at least 0.9 in every series that concerns it. What does not hold is not quoted.
+at least 0.9 in every series that concerns it, over those pairs of rungs that the prompts tell apart, best and worst
+among them. What does not hold is not quoted.
 
 Half of the prompts' real pictures are the yardstick, the other half are judged, so nothing is compared with itself.
 """
@@ -128,29 +129,53 @@ def climb(ladders: Mapping[str, Sequence[Rung]]) -> dict[str, Any]:
     for name, concerns in CONCERNS.items():
         metric, rows = METRICS[name], {}
         for title in concerns:
-            values = _figures(metric, ladders[title])
-            rows[title] = {"values": values, **_order(metric, list(values.values()))}
+            found_there = _values(metric, ladders[title])
+            rows[title] = {"values": _figures(found_there), **_order(metric, list(found_there.values()))}
         if name in STAYS:
-            values = _figures(metric, ladders[STAYS[name]])
+            values = _figures(_values(metric, ladders[STAYS[name]]))
             rows[f"{STAYS[name]}, must stay"] = {"values": values, **_stays(list(values.values()))}
         found[name] = {"holds": all(row["holds"] for row in rows.values()), "series": rows}
     return found
 
 
-def _figures(metric: Metric, rungs: Sequence[Rung]) -> dict[str, float]:
-    """The metric's figure on each rung where it can be measured."""
-    means = {
-        rung.name: value.nanmean() for rung in rungs if isinstance(value := measured(metric, rung.evidence), Tensor)
-    }
-    return {name: float(f"{float(mean):.6g}") for name, mean in means.items() if mean.isfinite()}
+def _values(metric: Metric, rungs: Sequence[Rung]) -> dict[str, Tensor]:
+    """What the metric says of each rung where it can be measured: one value a prompt, or one in all."""
+    found = {rung.name: measured(metric, rung.evidence) for rung in rungs}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.nanmean().isfinite()}
 
 
-def _order(metric: Metric, values: Sequence[float]) -> dict[str, Any]:
-    """Rungs come best first, so what is better where more is has to fall. A series of one rung orders nothing."""
+def _figures(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(f"{float(value.nanmean()):.6g}") for name, value in values.items()}
+
+
+def _order(metric: Metric, values: Sequence[Tensor]) -> dict[str, Any]:
+    """Kendall's tau over the pairs of rungs that the prompts tell apart, and whether that will do.
+
+    Rungs come best first, so what is better where more is has to fall. Rungs may be equally good: a teacher that is
+    done after 8 steps does not get better until 50. So a pair counts where the interval of its difference, paired over
+    prompts, leaves out zero, and counts against the metric where it does so on the wrong side; figures without
+    intervals are taken as they are. The first rung must be told from the last: who sees nothing contradicts nothing.
+    """
     if len(values) < 2:
-        return {"tau": None, "holds": False}
-    tau = intervals.kendall_tau([-(metric.better or 1) * value for value in values])
-    return {"tau": round(tau, 3), "holds": tau >= HOLDS}
+        return {"tau": None, "decided": 0, "holds": False}
+    sign = metric.better or 1
+    told = [sign * _apart(a, b) for i, a in enumerate(values) for b in values[i + 1 :]]
+    decided = sum(map(abs, told))
+    tau = sum(told) / decided if decided else 0.0
+    return {
+        "tau": round(tau, 3),
+        "decided": decided,
+        "holds": tau >= HOLDS and sign * _apart(values[0], values[-1]) > 0,
+    }
+
+
+def _apart(a: Tensor, b: Tensor) -> int:
+    """1 where a is above b, -1 where it is below, 0 where the prompts do not tell them apart."""
+    if a.ndim and a.shape == b.shape:
+        found = intervals.difference(a.numpy(), b.numpy(), intervals.draws(len(a)))
+        return int(found.low > 0) - int(found.high < 0)
+    mine, other = float(a.nanmean()), float(b.nanmean())
+    return int(mine > other) - int(mine < other)
 
 
 def _stays(values: Sequence[float]) -> dict[str, Any]:
@@ -317,9 +342,10 @@ def markdown(content: Mapping[str, Any]) -> str:
         "# Which metrics hold",
         f"{made['backbone']} (weights {made['base_sha256'][:12]}), {made['prompts']} prompts "
         f"({made['prompts_sha256'][:12]}), judge {made['judges']['measure']}. "
-        f"Rungs from best to worst; a metric holds if Kendall's tau is at least {HOLDS} in every series.",
+        f"Rungs from best to worst; a metric holds if Kendall's tau is at least {HOLDS} in every series, over the pairs "
+        "that the prompts tell apart (how many stands behind it), and the best rung is told from the worst.",
     ]
-    table = ["| metric | holds | series: tau |", "|---|---|---|"]
+    table = ["| metric | holds | series: tau (pairs) |", "|---|---|---|"]
     table += [f"| {METRICS[name].title} | {'yes' if row['holds'] else '**no**'} | {'; '.join(_taus(row))} |"
               for name, row in content["metrics"].items()]  # fmt: skip
     details = [line for name, row in content["metrics"].items() for line in _details(name, row)]
@@ -328,7 +354,9 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def _taus(row: Mapping[str, Any]) -> Iterator[str]:
     for title, found in row["series"].items():
-        verdict = ("yes" if found["holds"] else "no") if found["tau"] is None else f"{found['tau']:.2f}"
+        verdict = (
+            ("yes" if found["holds"] else "no") if found["tau"] is None else f"{found['tau']:.2f} ({found['decided']})"
+        )
         yield f"{title}: {verdict}"
 
 
