@@ -354,10 +354,8 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def _taus(row: Mapping[str, Any]) -> Iterator[str]:
     for title, found in row["series"].items():
-        verdict = (
-            ("yes" if found["holds"] else "no") if found["tau"] is None else f"{found['tau']:.2f} ({found['decided']})"
-        )
-        yield f"{title}: {verdict}"
+        tau = "" if found["tau"] is None else f"{found['tau']:.2f} ({found['decided']})"
+        yield f"{title}: {tau or ('yes' if found['holds'] else 'no')}"
 
 
 def _details(name: str, row: Mapping[str, Any]) -> Iterator[str]:
