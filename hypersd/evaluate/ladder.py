@@ -342,8 +342,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "# Which metrics hold",
         f"{made['backbone']} (weights {made['base_sha256'][:12]}), {made['prompts']} prompts "
         f"({made['prompts_sha256'][:12]}), judge {made['judges']['measure']}. "
-        f"Rungs from best to worst; a metric holds if Kendall's tau is at least {HOLDS} in every series, over the pairs "
-        "that the prompts tell apart (how many stands behind it), and the best rung is told from the worst.",
+        f"Rungs from best to worst; a metric holds if Kendall's tau is at least {HOLDS} in every series, over the "
+        "pairs that the prompts tell apart (how many stands behind it), and the best rung is told from the worst.",
     ]
     table = ["| metric | holds | series: tau (pairs) |", "|---|---|---|"]
     table += [f"| {METRICS[name].title} | {'yes' if row['holds'] else '**no**'} | {'; '.join(_taus(row))} |"
