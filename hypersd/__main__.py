@@ -203,11 +203,21 @@ def bench_command(given: argparse.Namespace) -> None:
 
         print(throughput.table(throughput.run(given.backbone, given.rounds)))
         return
-    content = bench.run(given.backbone, given.rounds)
+    content = bench.run(given.backbone, given.rounds, votes=_votes_per_second)
     bench.write(Path(given.out), content)
     if given.publish:
         bench.publish(Path(given.out), "bench.json", "bench.png")
     print(bench.table(content))
+
+
+def _votes_per_second() -> float:
+    import tempfile
+
+    from hypersd.study import simulate
+    from hypersd.study.definition import load
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # a real disk, where /tmp may be memory
+        return simulate.pace(Path(folder), load())
 
 
 def distill_arguments(parser: argparse.ArgumentParser) -> None:

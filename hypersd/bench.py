@@ -48,8 +48,11 @@ class Row(NamedTuple):
     good: str
 
 
-def run(name: str, rounds: object = 15, *, start_up: bool = True) -> dict[str, Any]:
-    """Everything that is measured of backbone `name`, ready for JSON. `start_up` costs three new processes.
+def run(
+    name: str, rounds: object = 15, *, start_up: bool = True, votes: Callable[[], float] | None = None
+) -> dict[str, Any]:
+    """Everything that is measured of backbone `name`, ready for JSON. `start_up` costs three new processes; `votes`
+    says how many the study takes a second.
 
     Raises:
         InputError: rounds is no whole number from 3 to 1,000, or the library that plots is not installed.
@@ -76,6 +79,7 @@ def run(name: str, rounds: object = 15, *, start_up: bool = True) -> dict[str, A
         "once_seconds": once,
         "median_seconds": {label: statistics.median(values) for label, values in taken.items()},
         "ratios": {row.name: {"title": row.title, "good": row.good, **_ratio(row, taken)} for row in rows},
+        "votes_per_second": votes() if votes else None,
         "peak_memory_gb": _peak_bytes() / 1e9,
     }
 
@@ -123,7 +127,30 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
     if importlib.util.find_spec("openvino") and backbone.device.type == "cpu" and backbone.dtype == torch.float32:
         same = backbone.name if backbone.name in BACKBONES else backbone.folder
         rows += _compiled(Backbone.load(same, engine="openvino"), work)
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx") and backbone.device.type == "cpu":
+        rows += _exported(backbone, work)
     return work, rows
+
+
+def _exported(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
+    """The bare calls by onnxruntime, for comparison only: nothing here draws with it."""
+    import onnxruntime
+
+    from hypersd.compiled import to_onnx
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    x, states = backbone.noise(SEED)[0], backbone.embed(["", PROMPT])
+    session = onnxruntime.InferenceSession(to_onnx(backbone.unet, (x, states[:1])), options)
+
+    def call(count: int) -> Callable[[int], Any]:
+        inputs = {"x": x.expand(count, -1, -1, -1).numpy(), "t": torch.tensor(500).numpy(),
+                  "states": states[:count].numpy()}  # fmt: skip
+        return lambda _number: session.run(None, inputs)
+
+    work |= {"onnxruntime network call": call(1), "onnxruntime network call, guided": call(2)}
+    return [Row(f"onnxruntime-{label}", f"torch / onnxruntime {label}", [label], [f"onnxruntime {label}"], "more")
+            for label in ("network call", "network call, guided")]  # fmt: skip
 
 
 def _compiled(quick: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
@@ -298,6 +325,8 @@ def table(content: Mapping[str, Any]) -> str:
              for row in content["ratios"].values()]  # fmt: skip
     seconds = {**content["once_seconds"], **content["median_seconds"]}
     lines += [f"{label:<48} {value:8.3f} s" for label, value in seconds.items()]
+    if content.get("votes_per_second"):
+        lines.append(f"{'votes that the study takes':<48} {content['votes_per_second']:6.0f}   a second")
     return "\n".join([*lines, f"{'memory at its peak':<48} {content['peak_memory_gb']:8.3f} GB"])
 
 

@@ -9,7 +9,9 @@ itself, and the pictures would be others than torch's.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +97,21 @@ class _Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.inner.decode(latents, return_dict=False)[0]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def to_onnx(unet: UNet2DConditionModel, example: tuple[Tensor, Tensor]) -> bytes:
+    """The network as an ONNX model with inputs x, t, states and any batch; needs the package `onnx`."""
+    x, states = (part.clone() for part in example)
+    batch = {0: "n"}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as below, and because this exporter is the one that asks for less
+        torch.onnx.export(
+            _Network(unet).eval(), (x, torch.tensor(0), states), f"{folder}/model.onnx", dynamo=False, opset_version=17,
+            input_names=["x", "t", "states"], output_names=["output"], dynamic_axes={"x": batch, "states": batch},
+        )  # fmt: skip
+        return Path(folder, "model.onnx").read_bytes()
 
 
 @torch.inference_mode(False)

@@ -113,3 +113,16 @@ def test_wrong_engines_are_told(
     assert main(command) == 2
     assert "install it with: pip install -e '.[openvino]'" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_onnx_model_answers_as_torch_does(rows: int, tiny_backbone: Backbone) -> None:
+    """What bench compares with computes the same."""
+    runtime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
+    x = torch.randn(rows, *tiny_backbone.latent_shape, generator=torch.Generator().manual_seed(3))
+    states = tiny_backbone.embed(["a cat"] * rows)
+    session = runtime.InferenceSession(compiled.to_onnx(tiny_backbone.unet, (x[:1], states[:1])))
+    given = {"x": x.numpy(), "t": torch.tensor(37).numpy(), "states": states.numpy()}
+    with torch.inference_mode():
+        wanted = tiny_backbone.predict(x, 37, states)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, given)[0]), wanted, rtol=1e-3, atol=1e-4)

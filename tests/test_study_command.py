@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import yaml
 from voting import definition
 
 from hypersd.__main__ import main
-from hypersd.study import mirror
+from hypersd.study import mirror, simulate
 from hypersd.study.ballots import Desk
 from hypersd.study.definition import load
 from hypersd.study.people import annotator_of, new_id, receipt_of
+from hypersd.study.schema import vote
 from hypersd.study.simulate import twin
 from hypersd.study.votes import Store
 
@@ -111,3 +113,11 @@ def test_the_address_comes_from_the_environment_too(
     monkeypatch.setenv("DATABASE_URL", "mysql://host/votes")
     assert run("status", database=None) == 2
     assert "an SQLite file or in PostgreSQL, got mysql://" in capsys.readouterr().err
+
+
+def test_the_pace_is_that_of_votes_that_are_stored(folder: Path) -> None:
+    per_second = simulate.pace(folder, load("study.yaml"), count=30)
+    store = Store(folder / "pace.db")
+    stored = store.read(lambda c: c.scalar(sa.select(sa.func.count()).select_from(vote)))
+    store.close()
+    assert stored == 30 and 1 < per_second < 100_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,6 +159,32 @@ def rehearse(address: str | Path, study: Study, images: Path, annotators: int, s
     stored = vote(desk, Truth(theta, bad=0.03, spammers=spammers), annotators, np.random.default_rng(seed))
     store.close()
     return stored
+
+
+def pace(folder: Path, study: Study, count: int = 300) -> float:
+    """Votes a second that one annotator after the other gets through the desk, on the disk that `folder` is on.
+
+    A vote is a ballot issued and its answer committed.
+    """
+    store = Store(folder / "pace.db", clock=_Steady(now_us()))
+    arms, images = study.drawn_arms(), folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    places = [(arm, prompt, noise) for arm in arms for prompt in study.prompts for noise in study.seeds]
+    store.add_items([_square(images, *place) for place in places])
+    desk, stored, annotator = Desk(store, twin(study), seed=0), 0, ""
+    started = time.perf_counter()
+    while stored < count:
+        if not annotator:
+            annotator = annotator_of(receipt_of(new_id()))
+            desk.consent(annotator)
+        asked = desk.next(annotator)
+        if isinstance(asked, Wait):
+            annotator = ""
+        else:
+            stored += desk.answer(asked.id, annotator, CHOICES[stored % 3], dwell_ms=2000).kind == "saved"
+    seconds = time.perf_counter() - started
+    store.close()
+    return stored / seconds
 
 
 class _Steady:
