@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hypersd import checkpoint
-from hypersd.muon import Muon
+from hypersd.muon import Muon, has_bfloat16
 from hypersd.records import InputError, Problem, whole_number
 
 _EXTENDABLE = {"updates", "cooldown"}  # they lie ahead; a change of anything else would belie what was done
@@ -126,18 +126,8 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def mixed(device: str, wanted: bool = True) -> torch.autocast:
-    """Context in which networks compute in bfloat16, if that is `wanted` and the device has units for it.
-
-    A processor without them does the same in software, fifty times slower than float32 (seen on AVX2).
-    """
+    """Context in which networks compute in bfloat16, if that is `wanted` and the device has units for it."""
     return torch.autocast(device, torch.bfloat16, enabled=wanted and has_bfloat16(device))
-
-
-def has_bfloat16(device: str) -> bool:
-    if device != "cpu":
-        return True
-    known = (getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("avx512_bf16", "amx_tile"))
-    return any(ask() for ask in known if ask is not None)
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from hypersd.emoji import artwork, words
 from hypersd.records import Problem
-from hypersd.train import Recipe, Run, Step, mixed
+from hypersd.train import Recipe, Run, Step, has_bfloat16, mixed
 
 TOKENS, WIDTH, VOCABULARY = 32, 256, 8192
 TEACHER_WIDTH = 384
@@ -79,7 +79,8 @@ class SentenceEncoder:
     def _embed(self, texts: Sequence[str], batch: int = 256) -> np.ndarray:
         folder = sentence_encoder()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.bfloat16).eval()
+        dtype = torch.bfloat16 if has_bfloat16("cpu") else torch.float32
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths together: little padding
         out = np.empty((len(texts), TEACHER_WIDTH), np.float16)
         for first in tqdm(range(0, len(order), batch), desc="sentence encoder", unit="batch"):
