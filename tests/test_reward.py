@@ -38,7 +38,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Card, Path]:
 
 def test_a_taste_is_found(learned: tuple[Card, Path]) -> None:
     card, _ = learned
-    assert card.low <= card.accuracy <= card.high and card.accuracy >= 0.85, card
+    assert card.low <= card.accuracy <= card.high and card.accuracy >= 0.75, card
 
 
 def test_where_there_is_none_it_is_right_half_of_the_time(tmp_path: Path) -> None:
