@@ -19,8 +19,6 @@ from pathlib import Path
 from hypersd.adapters import AdapterFile, load, save
 from hypersd.records import Adapter, InputError
 
-NON_COMMERCIAL = ("NC", "non-commercial")
-
 
 @dataclass(frozen=True)
 class Release:
