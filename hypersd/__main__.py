@@ -93,7 +93,8 @@ def fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def fetch_command(given: argparse.Namespace) -> None:
     from hypersd import releases
-    from hypersd.adapters import beside, network_sha256
+    from hypersd.adapters import beside
+    from hypersd.folders import find_folder, network_sha256
 
     there, out = releases.of(given.backbone), Path(given.out) if given.out else beside(given.backbone)[1]
     if not given.methods:
@@ -105,8 +106,6 @@ def fetch_command(given: argparse.Namespace) -> None:
     if given.file and len(wanted) > 1:
         names = ", ".join(release.name for release in wanted)
         raise InputError(f"--file is one LoRA, but {', '.join(given.methods)} are {len(wanted)}: {names}")
-    from hypersd.backbone import find_folder
-
     size = sum(release.megabytes for release in wanted)
     print(f"{given.backbone} and {size} MB of LoRAs, unless they are cached")
     base = network_sha256(find_folder(given.backbone)[1])

@@ -266,21 +266,6 @@ def beside(backbone: str) -> tuple[Path, Path]:
     return local, local / "lora" if local.is_dir() else Path("runs/lora") / local.name
 
 
-def network_sha256(folder: Path) -> str:
-    """The hash of a model's denoiser, from its manifest where it has one; "" if there is no denoiser."""
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if not weights.is_file():
-        return ""
-    blob = weights.resolve().name
-    if weights.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
-        return blob  # the hub's cache names large files by their sha256
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # loading the model says what is wrong with it
-        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return str(listed[weights.relative_to(folder).as_posix()])
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def found(folder: Path) -> tuple[AdapterFile, ...]:
     """The adapters in a folder, by file name; a file that cannot be used is told of in the log and left out."""
     import logging

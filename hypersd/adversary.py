@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypersd.network import call
+
 WIDTH = 64
 
 
@@ -45,7 +47,7 @@ def _head(width: int) -> nn.Module:
     )
 
 
-def features(network: Any, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
+def features(frozen: Any, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor]:
     """What the network sees: the output of each down block and of the middle block, [batch, width, h, w] each.
 
     Runs in the network's dtype, whatever that of the latents and states; stops after the middle block.
@@ -57,10 +59,10 @@ def features(network: Any, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tenso
         if len(seen) == len(blocks):
             raise _Enough
 
-    blocks = [*network.down_blocks, network.mid_block]
+    blocks = [*frozen.down_blocks, frozen.mid_block]
     hooks = [block.register_forward_hook(note) for block in blocks]
     try:
-        network(x_t.to(network.dtype), t, encoder_hidden_states=states.to(network.dtype), return_dict=False)
+        call(frozen, x_t.to(frozen.dtype), t, states.to(frozen.dtype))
     except _Enough:
         pass
     finally:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from hypersd import intervals
 from hypersd.adapters import beside, found
-from hypersd.backbone import BACKBONES, Backbone
+from hypersd.backbone import Backbone
+from hypersd.folders import BACKBONES
 from hypersd.generate import draw
 from hypersd.methods import Method, discover, find
 from hypersd.records import InputError, Request, whole_number

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hypersd.network import call
 from hypersd.records import InputError
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class _Network(nn.Module):
         self.inner = unet
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        return self.inner(x, t, encoder_hidden_states=states, return_dict=False)[0]
+        return call(self.inner, x, t, states)
 
 
 class _Decoder(nn.Module):

@@ -32,6 +32,7 @@ from hypersd.backbone import Backbone
 from hypersd.generate import denoise
 from hypersd.methods import METHODS, Method, Stage
 from hypersd.methods.base import Places
+from hypersd.network import call
 from hypersd.records import Adapter, InputError, Request, real_number, whole_number
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
@@ -268,8 +269,7 @@ class Distillation:
 
     def _call(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         with self._arithmetic():
-            output = self.network(x_t.to(self.backbone.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
-        return output.float()
+            return call(self.network, x_t.to(self.backbone.dtype), t, states).float()
 
     def _arithmetic(self) -> torch.autocast:
         return mixed(self.backbone.device.type, self.settings.autocast)

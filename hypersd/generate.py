@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hypersd import __version__
-from hypersd.backbone import Backbone, ModelError
+from hypersd.backbone import Backbone
+from hypersd.folders import ModelError
 from hypersd.methods import Method
 from hypersd.records import FINAL, Panel, Request
 

@@ -23,6 +23,7 @@ from hypersd import bench
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation, Settings, find, loader, preset
 from hypersd.methods.lcm import HUBER
+from hypersd.network import call
 from hypersd.plan import MadeUp, counted
 from hypersd.records import whole_number
 from hypersd.roles import LAYERS
@@ -91,14 +92,13 @@ class Usual:
         states = self.backbone.text_encoder(tokens.input_ids.to(self.backbone.device))[0]
         return mean + deviation * torch.randn_like(mean), states.float()
 
-    def _clean(self, network: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        x0, _ = self.backbone.schedule.split(self._call(network, x_t, t, states), x_t, t)
+    def _clean(self, unet: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        x0, _ = self.backbone.schedule.split(self._call(unet, x_t, t, states), x_t, t)
         return lcm_step(x_t, x0, t.view(-1, 1, 1, 1), self.backbone.schedule.level(t))
 
-    def _call(self, network: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def _call(self, unet: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
         with self._arithmetic():
-            dtype = network.dtype
-            return network(x_t.to(dtype), t, encoder_hidden_states=states.to(dtype), return_dict=False)[0].float()
+            return call(unet, x_t.to(unet.dtype), t, states.to(unet.dtype)).float()
 
     def _arithmetic(self) -> torch.autocast:
         return mixed(self.backbone.device.type, self.settings.autocast)

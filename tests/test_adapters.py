@@ -31,10 +31,10 @@ from hypersd.adapters import (
     fused,
     inspect,
     load,
-    network_sha256,
     save,
 )
-from hypersd.backbone import Backbone, ModelError, write_manifest
+from hypersd.backbone import Backbone
+from hypersd.folders import ModelError, network_sha256, write_manifest
 from hypersd.generate import denoise
 from hypersd.methods import METHODS
 from hypersd.records import Adapter, Request

@@ -17,10 +17,12 @@ from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file, save_file
 
-from hypersd import backbone as module
-from hypersd.backbone import BACKBONES, WEIGHTS, Backbone, ModelError, find_folder, write_manifest
+from hypersd import folders as module
+from hypersd.backbone import Backbone
+from hypersd.folders import BACKBONES, FAMILIES, ModelError, find_folder, write_manifest
 
-WEIGHT_PATHS = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
+PARTS = FAMILIES["StableDiffusionPipeline"]
+WEIGHT_PATHS = [f"{part}/{about.stem}.safetensors" for part, about in PARTS.items()]
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def test_equal_weights_have_equal_hashes_wherever_they_lie(tiny_backbone: Backbo
 
 @pytest.mark.parametrize("name", ["", "sd16", "no/such/folder", "x" * 5000])
 def test_an_unknown_backbone_is_told_what_there_is(name: str) -> None:
-    with pytest.raises(ModelError, match=r"backbone must be one of emoji, sd15 or a model's folder"):
+    with pytest.raises(ModelError, match=r"backbone must be one of emoji, sd15, sdxl or a model's folder"):
         Backbone.load(name)
 
 
@@ -307,4 +309,4 @@ def test_the_embedded_model_is_looked_for_beside_the_package() -> None:
     name, folder, licence = find_folder("emoji")
     assert (name, folder) == ("emoji", Path(module.__file__).parent.parent / "assets" / "emoji-sd")
     assert licence == BACKBONES["emoji"].licence
-    assert "git checkout" in module._remedy("emoji")
+    assert "git checkout" in module.remedy("emoji")

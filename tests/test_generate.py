@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from hypersd import __version__
-from hypersd.backbone import Backbone, ModelError
+from hypersd.backbone import Backbone
+from hypersd.folders import ModelError
 from hypersd.generate import StepInfo, denoise, draw
 from hypersd.methods import METHODS
 from hypersd.pictures import to_image

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hypersd import adapters, methods, releases
 from hypersd.__main__ import main
-from hypersd.backbone import Backbone, cached
+from hypersd.backbone import Backbone
+from hypersd.folders import cached
 from hypersd.generate import draw
 from hypersd.methods import METHODS, discover
 from hypersd.records import InputError, Request

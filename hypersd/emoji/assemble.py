@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hypersd.backbone import Backbone, write_manifest
+from hypersd.backbone import Backbone
 from hypersd.emoji import artwork, autoencoder, teacher
+from hypersd.folders import write_manifest
 
 ASSETS = artwork.MANIFEST.parent
 

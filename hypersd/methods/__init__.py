@@ -9,7 +9,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hypersd.adapters import AdapterFile, beside, found, network_sha256
+from hypersd.adapters import AdapterFile, beside, found
+from hypersd.folders import cached, network_sha256
 from hypersd.methods import dmd, hyper, lcm, tcd, teacher, tscd, tscd_cfg
 from hypersd.methods.base import Method, Stage, StepRange
 from hypersd.records import Adapter, InputError
@@ -30,8 +31,6 @@ def installed(backbone: str = "emoji") -> dict[str, Method]:
     """The table of what can draw on a backbone with the adapters that lie beside it."""
     model, folder = beside(backbone)
     if not model.is_dir():
-        from hypersd.backbone import cached  # takes torch along, which a page that opens need not wait for
-
         model = cached(backbone) or model
     return discover(found(folder), network_sha256(model))
 

@@ -1,0 +1,372 @@
+"""Model folders in diffusers' layout: which there are by name, whether every file is whole, what they hash to.
+
+A folder is read part by part with the classes that wrote it. Weights are safetensors only, never pickles, in one file
+or in shards with an index, and a folder is checked before it is believed: each weight file against its own header, and
+against `manifest.json` where there is one. No code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypersd.records import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"  # {"files": {"unet/...safetensors": sha256, ...}, "bytes": {same paths: size}}
+HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries name their weight files
+
+
+class ModelError(InputError):
+    """A model's folder cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a pipeline with weights: its class, the library it is of, and whether it is the denoiser."""
+
+    library: str
+    kind: str
+    denoiser: bool = False
+
+    @property
+    def stem(self) -> str:
+        """Name of the weight file without its ending."""
+        return TRANSFORMERS if self.library == "transformers" else DIFFUSERS
+
+
+CLIP, PROJECTED = Part("transformers", "CLIPTextModel"), Part("transformers", "CLIPTextModelWithProjection")
+UNET, VAE = Part("diffusers", "UNet2DConditionModel", denoiser=True), Part("diffusers", "AutoencoderKL")
+FAMILIES: dict[str, dict[str, Part]] = {  # the pipeline that model_index.json names -> its parts with weights
+    "StableDiffusionPipeline": {"text_encoder": CLIP, "unet": UNET, "vae": VAE},
+    "StableDiffusionXLPipeline": {"text_encoder": CLIP, "text_encoder_2": PROJECTED, "unet": UNET, "vae": VAE},
+}
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
+
+    `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch.
+    """
+
+    source: str
+    licence: str
+    summary: str
+    variant: str = ""
+
+
+BACKBONES = {
+    "emoji": Preset(
+        "assets/emoji-sd",
+        "Apache-2.0, artwork credited in assets",
+        "128 px emoji, trained by this repository, comes with it",
+    ),
+    "sd15": Preset(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "CreativeML OpenRAIL-M",
+        "Stable Diffusion 1.5, 512 px, 4 GB from the Hugging Face hub",
+    ),
+    "sdxl": Preset(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "CreativeML OpenRAIL++-M",
+        "Stable Diffusion XL, 1024 px, 7 GB from the Hugging Face hub",
+        variant="fp16",
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ which
+
+
+def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
+    """(name, folder, licence) of a preset or a local folder; a hub preset is fetched where it is not cached.
+
+    Raises:
+        ModelError: neither a preset nor a folder, or the hub cannot be reached.
+    """
+    name = str(name_or_folder)
+    if name not in BACKBONES:
+        folder = Path(name)
+        if not (name and _is_folder(folder)):
+            raise ModelError(f"backbone must be one of {', '.join(BACKBONES)} or a model's folder, got {name[:80]!r}")
+        return folder.resolve().name, folder, "as stated by the model's maker"
+    preset = BACKBONES[name]
+    if name == "emoji":
+        return name, Path(__file__).parent.parent / preset.source, preset.licence
+    return name, _fetch(name, preset), preset.licence
+
+
+def cached(name: str) -> Path | None:
+    """The folder of a hub preset that is on this machine already; None if it is not, or no preset. Fetches nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name not in BACKBONES or name == "emoji":
+        return None
+    file = try_to_load_from_cache(BACKBONES[name].source, "model_index.json")
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than any file system takes
+        return False
+
+
+def _fetch(name: str, preset: Preset) -> Path:
+    """The snapshot of a hub repository, downloaded where it is not cached; only the files that loading reads."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
+    for part, about in {p: a for family in FAMILIES.values() for p, a in family.items()}.items():
+        stem = f"{about.stem}.{preset.variant}" if preset.variant else about.stem
+        wanted += [f"{part}/config.json", f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
+        wanted += [f"{part}/{about.stem}.safetensors.index*.json"]
+    try:
+        return Path(snapshot_download(preset.source, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise ModelError(
+            f"{name}: {preset.source} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
+            "check the network, or give the folder of a copy"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ is it whole
+
+
+def parts(folder: Path, name: str) -> dict[str, Part]:
+    """The parts with weights of the pipeline in a folder.
+
+    Raises:
+        ModelError: its kind of pipeline is not one of FAMILIES.
+    """
+    kind = read_json(folder, name, "model_index.json").get("_class_name")
+    if kind not in FAMILIES:
+        known = " and ".join(FAMILIES)
+        raise ModelError(f"{name}: model_index.json is for {kind}; only folders of {known} can be read")
+    return FAMILIES[kind]
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Every file that loading needs is there and as long as its header and the manifest say. Reads headers only.
+
+    Raises:
+        ModelError: names the first file that is not, and what to do.
+    """
+    family = parts(folder, name)
+    for path in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in family)):
+        read_json(folder, name, path)
+    for tokenizer in (TOKENIZERS[part] for part in family if part in TOKENIZERS):
+        if not any((folder / tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name)}")
+    listed: dict[str, int] = _manifest(folder, name).get("bytes", {})
+    expected = [(folder / path, size) for path, size in listed.items()]
+    weights = [file for part, about in family.items() for file in weight_files(folder, name, part, about)]
+    expected += [(file, _declared_bytes(file, name)) for file in weights]
+    for file, size in expected:
+        path = file.relative_to(folder).as_posix()
+        if not file.is_file():
+            raise ModelError(f"{name}: {path} is missing; {remedy(name)}")
+        if file.stat().st_size != size:
+            found = f"{file.stat().st_size:,} bytes instead of {size:,}"
+            raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name)}")
+
+
+def weight_files(folder: Path, name: str, part: str, about: Part) -> list[Path]:
+    """The part's safetensors files, more than one where they are shards; full precision where both are there.
+
+    Raises:
+        ModelError: there are none, or the index of shards cannot be read.
+    """
+    for variant in ("", ".fp16"):
+        single = folder / part / f"{about.stem}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        index = f"{part}/{about.stem}.safetensors.index{variant}.json"
+        if (folder / index).is_file():
+            shards = read_json(folder, name, index).get("weight_map", {})
+            return [folder / part / Path(file).name for file in sorted(set(shards.values()))]
+    raise ModelError(f"{name}: {part}/{about.stem}.safetensors is missing; {remedy(name)}")
+
+
+def _declared_bytes(file: Path, name: str) -> int:
+    """The size that a safetensors file must have: 8 bytes with the header's length, the header, the last tensor."""
+    path = f"{file.parent.name}/{file.name}"
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > HEADER_MAX:
+                raise ValueError("header too long")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        return 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    except FileNotFoundError:
+        raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ModelError(f"{name}: {path} is truncated or damaged (no readable header); {remedy(name)}") from error
+
+
+def read_json(folder: Path, name: str, path: str) -> dict[str, Any]:
+    """The JSON object in one of a model's files. Raises ModelError, which names it, where there is none."""
+    try:
+        content = json.loads((folder / path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: {path} cannot be read ({type(error).__name__}); {remedy(name)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{name}: {path} holds no JSON object; {remedy(name)}")
+    return content
+
+
+def _manifest(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder, name, MANIFEST) if (folder / MANIFEST).is_file() else {}
+
+
+def remedy(name: str) -> str:
+    """What to do about a damaged model."""
+    if name == "emoji":
+        return f"restore it with `git checkout -- {BACKBONES[name].source}`"
+    if name in BACKBONES:
+        return "delete it from the Hugging Face cache and try again"
+    return "copy the model's folder again from where it came"
+
+
+# -------------------------------------------------------------------------------------------------- loading it
+
+
+def load_parts(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Every part, in `dtype`, and a tokenizer for each text encoder, by the names diffusers gives them.
+
+    Raises:
+        ModelError: names the part that cannot be loaded, and why.
+    """
+    family = parts(folder, name)
+    tokenizers = [TOKENIZERS[part] for part in family if part in TOKENIZERS]
+    loaded = {tokenizer: _tokenizer(folder, name, tokenizer) for tokenizer in tokenizers}
+    return loaded | {part: _part(folder, name, part, about, dtype) for part, about in family.items()}
+
+
+def _tokenizer(folder: Path, name: str, part: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    with _explained(folder, name, part):
+        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+
+
+def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -> Any:
+    """One part of the model by the class that wrote it. Imports here, since they take seconds."""
+    kind = getattr(import_module(about.library), about.kind)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    options["dtype" if about.library == "transformers" else "torch_dtype"] = dtype
+    if ".fp16" in weight_files(folder, name, part, about)[0].name:
+        options["variant"] = "fp16"
+    with _explained(folder, name, part), _quiet():
+        model, report = kind.from_pretrained(folder / part, **options)
+    if lost := sorted(report["missing_keys"]):  # both libraries would go on with random numbers in their place
+        raise ModelError(f"{name}: {part} lacks {len(lost)} tensors such as {lost[0]}; {remedy(name)}")
+    return model
+
+
+@contextmanager
+def _explained(folder: Path, name: str, part: str) -> Iterator[None]:
+    """Any of the errors that both libraries raise, from KeyError to SafetensorError, as a ModelError."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".replace(str(folder), name).splitlines()[0][:200]
+        raise ModelError(f"{name}: {part} cannot be loaded ({reason}); {remedy(name)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bar that transformers draws for every model, however small."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- what it is
+
+
+def weights_sha256(folder: Path, name: str) -> str:
+    """One hash for all weights: sha256 over "path sha256" lines. Reads each file once (0.1 s for 50 MB).
+
+    Raises:
+        ModelError: a file is not the one the manifest names.
+    """
+    listed = _manifest(folder, name).get("files", {})
+    lines = []
+    for part, about in parts(folder, name).items():
+        for file in weight_files(folder, name, part, about):
+            path = file.relative_to(folder).as_posix()
+            found = file_sha256(file)
+            if listed.get(path, found) != found:
+                raise ModelError(f"{name}: {path} is damaged (its hash is not the manifest's); {remedy(name)}")
+            lines.append(f"{path} {found}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def encoders_sha256(folder: Path, name: str) -> str:
+    """One hash over what turns pictures and texts into latents and states; the denoiser has no part in it."""
+    encoders = {part: about for part, about in parts(folder, name).items() if not about.denoiser}
+    files = [file for part, about in encoders.items() for file in weight_files(folder, name, part, about)]
+    files += [folder / part / "config.json" for part in encoders]  # the scale of the latents stands here only
+    for tokenizer in (TOKENIZERS[part] for part in encoders if part in TOKENIZERS):
+        files += sorted(f for f in (folder / tokenizer).iterdir() if f.is_file())
+    return hashlib.sha256("".join(f"{f.name} {file_sha256(f)}\n" for f in files).encode()).hexdigest()
+
+
+def network_sha256(folder: Path) -> str:
+    """The hash of a model's denoiser, from its manifest where it has one; "" if there is no denoiser.
+
+    It is what an adapter was made for. Of shards it is the hash of their hashes.
+    """
+    try:
+        family = parts(folder, folder.name)
+        part = next(part for part, about in family.items() if about.denoiser)
+        files = weight_files(folder, folder.name, part, family[part])
+    except ModelError:  # loading the model says what is wrong with it
+        return ""
+    listed: dict[str, Any] = {}
+    with contextlib.suppress(ModelError, AttributeError):
+        listed = _manifest(folder, folder.name).get("files", {})
+    hashes = [str(listed.get(file.relative_to(folder).as_posix()) or file_sha256(file)) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(f"{h}\n" for h in hashes).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Of a file's content; the hub's cache names large files by it, and hashing gigabytes again would take seconds."""
+    blob = file.resolve().name
+    if file.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List sha256 and size of every file of a model's folder in its manifest, which loading then checks against."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    paths = [file.relative_to(folder).as_posix() for file in files]
+    content = {
+        "files": dict(zip(paths, map(file_sha256, files), strict=True)),
+        "bytes": dict(zip(paths, (file.stat().st_size for file in files), strict=True)),
+    }
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
