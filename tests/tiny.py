@@ -1,4 +1,4 @@
-"""A complete but tiny and random model in StableDiffusionPipeline layout: 32 px pictures, 0.1 M parameters."""
+"""Complete but tiny and random models as diffusers lays them out: 32 px pictures, 0.1 M parameters."""
 
 from __future__ import annotations
 
@@ -85,6 +85,58 @@ def build(folder: Path, prediction: str = "v_prediction", set_alpha_to_one: bool
     return folder
 
 
+def build_xl(folder: Path) -> Path:
+    """The same in StableDiffusionXLPipeline's layout: two text encoders, a pooled state, sizes; 64 px pictures."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    words, others = tokenizer(), tokenizer(pad="!")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = {
+            "vocab_size": len(words), "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": TOKENS, "bos_token_id": words.bos_token_id,
+            "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id,
+        }  # fmt: skip
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=2,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=16 + 24,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=20 + 6 * 4,
+        )
+        vae = AutoencoderKL(
+            sample_size=64,
+            latent_channels=4,
+            layers_per_block=1,
+            block_out_channels=(4, 4, 8, 8),
+            norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            scaling_factor=0.8,
+            force_upcast=True,
+        )
+        first = CLIPTextModel(CLIPTextConfig(hidden_size=16, projection_dim=16, **text))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text))
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=words, tokenizer_2=others, unet=unet,
+        scheduler=scheduler, add_watermarker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
     """A random LoRA for every stage of every method that is trained; equal models give equal files."""
     files = []
@@ -104,7 +156,7 @@ def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
     return files
 
 
-def tokenizer():  # type: ignore[no-untyped-def]
+def tokenizer(pad: str = "<|endoftext|>"):  # type: ignore[no-untyped-def]
     """CLIP's byte-pair tokenizer whose merges spell WORDS; everything else is read letter by letter."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -120,4 +172,4 @@ def tokenizer():  # type: ignore[no-untyped-def]
             vocabulary.append(left)
     vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
     ids = {token: number for number, token in enumerate(vocabulary)}
-    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=list(dict.fromkeys(merges)), model_max_length=TOKENS, pad_token=pad)

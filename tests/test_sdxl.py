@@ -1,0 +1,186 @@
+"""Stable Diffusion XL: two text encoders, a pooled state and sizes, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from hypersd import network
+from hypersd.backbone import Backbone, StableDiffusionXL
+from hypersd.distill import Distillation, Settings
+from hypersd.folders import ModelError, network_sha256
+from hypersd.generate import denoise, draw
+from hypersd.methods import METHODS, discover, find
+from hypersd.pictures import to_image
+from hypersd.plan import MadeUp, counted
+from hypersd.records import Request
+from hypersd.roles import Roles
+from hypersd.train import Recipe, Run
+
+BASE = METHODS["base"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build_xl(tmp_path_factory.mktemp("xl") / "tiny-xl")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return Backbone.load(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> StableDiffusionXLPipeline:
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    changed = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}  # the last is SDXL's own
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, **changed)
+    return stock
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, ""), (4.0, ""), (4.0, "a red dog")])
+def test_equals_the_stock_pipeline(
+    backbone: Backbone, pipeline: StableDiffusionXLPipeline, steps: int, guidance: float, negative: str
+) -> None:
+    """An empty negative prompt is what a person gets who gives none: zeros, where the model was made so."""
+    request = Request("a happy cat", 5, steps, guidance, negative_prompt=negative)
+    drawn = pipeline(
+        request.prompt, negative_prompt=negative or None, num_inference_steps=steps, guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(5), output_type="latent", height=64, width=64,
+    ).images  # fmt: skip
+    with torch.inference_mode():
+        ours = denoise(backbone, request, BASE).x
+    torch.testing.assert_close(ours, drawn, rtol=1e-5, atol=1e-5)
+    assert ours.std() > 0.1
+
+
+def test_pixels_equal_the_stock_pipelines(backbone: Backbone, pipeline: StableDiffusionXLPipeline) -> None:
+    stock = pipeline("a happy cat", num_inference_steps=2, guidance_scale=4.0, height=64, width=64,
+                     generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+    ours = np.asarray(to_image(draw(backbone, Request("a happy cat", 3, 2, 4.0), BASE))).astype(int)
+    assert ours.shape == (64, 64, 3)
+    assert np.abs(ours - np.asarray(stock).astype(int)).max() <= 1 and ours.std() > 1
+
+
+def test_states_hold_all_that_the_network_is_told(backbone: Backbone, pipeline: StableDiffusionXLPipeline) -> None:
+    told = network.conditions(backbone.unet, backbone.embed(["a happy cat", ""]))
+    with torch.no_grad():
+        sequence, empty, pooled, empty_pooled = pipeline.encode_prompt("a happy cat", device="cpu")
+    assert torch.equal(told["encoder_hidden_states"], torch.cat([sequence, empty]))
+    assert torch.equal(told["added_cond_kwargs"]["text_embeds"], torch.cat([pooled, empty_pooled]))
+    assert told["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    assert not empty.any() and sequence.any()
+
+
+def test_an_empty_prompt_is_read_where_the_model_was_made_so(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    assert Backbone.load(copy).embed([""])[0, :-1].any()
+
+
+def test_the_decoder_stays_in_full_precision(folder: Path) -> None:
+    """SDXL's overflows in half precision, which its configuration says."""
+    half = Backbone.load(folder, dtype=torch.float16)
+    assert (half.unet.dtype, half.vae.dtype, half.dtype) == (torch.float16, torch.float32, torch.float16)
+    with torch.no_grad():
+        assert half.picture(half.noise(1)[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tscd", "hyper", "tscd-cfg"])
+def test_it_can_be_distilled(folder: Path, tmp_path: Path, name: str) -> None:
+    method = find(name)
+    backbone = Backbone.load(folder)
+    assert isinstance(backbone, StableDiffusionXL)
+    settings = Settings(2, (4.0, 4.0), prompts=("a cat",))
+    objective = Distillation(backbone, MadeUp.of(backbone, 2), method, method.stages[-1], settings)
+    run = Run(objective, Recipe(updates=2, batch=2, lr=1e-3), tmp_path)
+    before = {n: p.clone() for n, p in objective.modules()["student"].named_parameters()}
+    with counted(objective.network) as calls:
+        run.update()
+        run.update()
+    assert calls["with gradient"] >= 2
+    learned = dict(objective.modules()["student"].named_parameters())
+    assert any(not torch.equal(learned[n], before[n]) for n in before)
+
+
+def test_adapters_of_every_method_draw(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    plain = {n: draw(backbone, Request("a cat", 1, n, guidance=1.0), BASE).pixels for n in (1, 2, 4, 8)}
+    table = discover(tiny.adapters(folder, tmp_path), network_sha256(folder))
+    assert len(table) == len([m for m in METHODS.values() if m.losses]) + 1
+    for method in table.values():
+        if method.losses:
+            steps = method.steps.suggested[0]
+            assert draw(backbone, Request("a cat", 1, steps), method).pixels != plain[steps]
+
+
+def test_the_second_encoder_is_looked_for(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    weights = copy / "text_encoder_2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ModelError, match=r"text_encoder_2/model\.safetensors is truncated"):
+        Backbone.load(copy)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"text_encoder_2/model\.safetensors is missing"):
+        Backbone.load(copy)
+    shutil.rmtree(copy / "tokenizer_2")
+    with pytest.raises(ModelError, match="tokenizer_2"):
+        Backbone.load(copy)
+
+
+def test_weights_may_lie_in_shards(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    unet = copy / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    backbone.unet.save_pretrained(unet, max_shard_size="30KB")
+    shards = sorted(unet.glob("diffusion_pytorch_model-*.safetensors"))
+    assert len(shards) > 2
+    sharded = Backbone.load(copy)
+    assert sharded.network_sha256 == network_sha256(copy) not in ("", backbone.network_sha256)
+    assert draw(sharded, Request("a cat", 1, 1), BASE).pixels == draw(backbone, Request("a cat", 1, 1), BASE).pixels
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model-00002-of-.* is missing"):
+        Backbone.load(copy)
+
+
+def test_half_precision_files_are_enough(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for file in list(copy.rglob("*.safetensors")):
+        halved = {name: tensor.half() for name, tensor in load_file(file).items()}
+        save_file(halved, file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")), {"format": "pt"})
+        file.unlink()
+    assert Backbone.load(copy).network_sha256 == network_sha256(copy) != network_sha256(folder)
+
+
+def test_sdxl_at_its_true_size_is_told_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors: 2.57 billion parameters, states of 78 rows, no picture."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+        assert network.pooled_width(unet) == 1280
+        sequence, pooled = torch.zeros(2, 77, 2048), torch.zeros(2, 1280)
+        states = network.packed(sequence, pooled, (1024, 1024, 0, 0, 1024, 1024))
+        assert states.shape == (2, 78, 2048)
+        with torch.no_grad():
+            output = network.call(unet, torch.zeros(2, 4, 128, 128), torch.tensor(999), states)
+        assert output.shape == (2, 4, 128, 128)
+        roles = Roles(unet)
+        student = roles.add("student", rank=64)
+    assert sum(p.numel() for p in student.parameters()) > 100_000_000
