@@ -27,7 +27,7 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
     # Numbers arrive as text and are checked by Request, which explains what is allowed better than argparse.
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument("--negative-prompt", default="", help="what to stay away from; needs guidance above 1")
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--method", default="base", help="see `python -m hypersd methods` (default: %(default)s)")
     parser.add_argument("--steps", default=25, help="network steps (default: %(default)s)")
     parser.add_argument("--guidance", help="guidance scale (default: what the method was made for)")
@@ -64,7 +64,7 @@ def draw_command(given: argparse.Namespace) -> None:
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="every field, for programs")
 
 
@@ -85,9 +85,10 @@ def methods_command(given: argparse.Namespace) -> None:
 
 
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="the base model: sd15")
+    parser.add_argument("backbone", help="the base model: sd15 or sdxl")
     parser.add_argument("methods", nargs="*", help="methods to fetch the published LoRAs of (default: list them)")
     parser.add_argument("--file", help="a copy of the one LoRA that is asked for, instead of the hub's")
+    parser.add_argument("--accept-licence", action="store_true", help="of what is not for commerce")
     parser.add_argument("--out", help="folder of the LoRA files (default: where the app looks)")
 
 
@@ -103,6 +104,11 @@ def fetch_command(given: argparse.Namespace) -> None:
         print(f"fetch some with: python -m hypersd fetch {given.backbone} {there[0].method}")
         return
     wanted = releases.chosen(given.backbone, given.methods)
+    if (closed := [release for release in wanted if not release.commercial]) and not given.accept_licence:
+        raise InputError(
+            f"{closed[0].method} by {closed[0].repository} is {closed[0].licence}; "
+            "if that suits you, say --accept-licence"
+        )
     if given.file and len(wanted) > 1:
         names = ", ".join(release.name for release in wanted)
         raise InputError(f"--file is one LoRA, but {', '.join(given.methods)} are {len(wanted)}: {names}")
@@ -131,7 +137,7 @@ def emoji_command(given: argparse.Namespace) -> None:
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--sets", help="frozen prompt sets, with commas (default: all four)")
     parser.add_argument("--prompts", help="a text file instead, one prompt a line")
     parser.add_argument("--methods", help="methods, with commas (default: all)")
@@ -185,7 +191,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
     parser.add_argument("--out", default="runs/bench", help="folder of bench.json and its plot (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="into assets/measured too, which the app shows")
@@ -221,7 +227,7 @@ def _votes_per_second() -> float:
 
 def distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", help="lcm, tcd, tscd, tscd-cfg, dmd or hyper: see `python -m hypersd methods`")
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument(
         "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"
     )

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -148,14 +149,22 @@ def _header(path: Path) -> _Header:
 
 
 def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    ends = (".lora_A.weight", ".lora_B.weight")
-    if odd := [k for k in tensors if not (k.startswith(PREFIX) and k.endswith(ends))]:
-        raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds {odd[0]}")
-    return {k.removeprefix(PREFIX).removesuffix(".weight"): t.float() for k, t in tensors.items()}
+    """peft's names for the halves of a layer, or those that diffusers had before: lora.down and lora.up."""
+    halves = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
+    adapter = {}
+    for key, tensor in tensors.items():
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", key)
+        if not found:
+            raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds {key}")
+        adapter[f"{found[1]}.{halves[found[2]]}"] = tensor.float()
+    return adapter
 
 
 def _from_kohya(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Their names join a layer's path by underscores; the dots are found again in the module names of a real UNet."""
+    """Their names join a layer's path by underscores; the dots are found again in the module names of a real UNet.
+
+    Without an alpha the scale is 1.
+    """
     adapter, alphas = {}, {k: t for k, t in tensors.items() if k.endswith(".alpha")}
     for key, tensor in tensors.items():
         stem, _, end = key.partition(".")
@@ -174,15 +183,46 @@ def _from_kohya(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 _WORDS = (  # of a UNet's module names that hold underscores themselves
     *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "time_emb_proj", "conv_shortcut"),
     *("to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out"),
-    *("conv_in", "conv_out", "time_embedding", "linear_1", "linear_2"),
+    *("conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1", "linear_2"),
 )
+_LAYERS = 2  # residual blocks a level, in every network of the family that Stability's names are used for
+_OUTSIDE = {  # of the blocks: Stability's names and diffusers'
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2",
+}  # fmt: skip
+_RESIDUAL = {
+    "in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}  # fmt: skip
 
 
 def _dotted(name: str) -> str:
-    """down_blocks_1_attentions_0_proj_in -> down_blocks.1.attentions.0.proj_in"""
+    """down_blocks_1_attentions_0_proj_in, or input_blocks_4_1_proj_in -> down_blocks.1.attentions.0.proj_in"""
+    name = _diffusers_named(name)
     for word in _WORDS:
         name = name.replace(word, word.replace("_", "-"))
     return name.replace("_", ".").replace("-", "_")
+
+
+def _diffusers_named(name: str) -> str:
+    """Stability's name of a layer, as their own code and kohya's count the blocks, as diffusers counts them."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if found := re.fullmatch(r"middle_block_([012])_(.+)", name):
+        number, rest = int(found[1]), found[2]
+        part = "attentions_0" if number == 1 else f"resnets_{number // 2}"
+        return f"mid_block_{part}_{_RESIDUAL.get(rest, rest)}"
+    if not (found := re.fullmatch(r"(input|output)_blocks_(\d+)_(\d)_(.+)", name)):
+        return name
+    down, place, attends, rest = found[1] == "input", int(found[2]), int(found[3]), found[4]
+    level, layer = divmod(place - 1, _LAYERS + 1) if down else divmod(place, _LAYERS + 1)
+    block = f"{'down' if down else 'up'}_blocks_{level}"
+    if down and layer == _LAYERS:
+        return f"{block}_downsamplers_0_{rest.replace('op', 'conv', 1)}"
+    if attends and rest.startswith("conv"):
+        return f"{block}_upsamplers_0_{rest}"
+    return f"{block}_attentions_{layer}_{rest}" if attends else f"{block}_resnets_{layer}_{_RESIDUAL.get(rest, rest)}"
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -158,7 +158,7 @@ class Backbone:
         if file.card.base_sha256 != self.network_sha256:
             raise ModelError(
                 f"{path.name} was trained on another base than {self.name}; "
-                f"train it again with: python -m hypersd distill {file.card.method}"
+                f"train it again with: python -m hypersd distill {file.card.method}, or fetch it again"
             )
         return fused(self.unet, load_adapter(path), file.card.scale)
 

@@ -282,7 +282,7 @@ class Distillation:
 
         Returns the mean squared distance of the student's latents to the teacher's from the same noise.
         """
-        row, goals = replace(self.method, losses=None), self._teacher(folder.parent)
+        row, goals = replace(self.method, adapted=False), self._teacher(folder.parent)
         pictures, distance = [], {f"to_teacher_{n}": 0.0 for n in SHEET_STEPS}
         for number, prompt in enumerate(self.settings.prompts):
             for n in SHEET_STEPS:

@@ -110,6 +110,8 @@ def denoise(
     fresh_noise = _noise_after(x_t, request.seed)
     nfe = 0
     jumps = schedule.jumps(request.steps, method.spacing)
+    if method.sigma_start:
+        x_t = x_t * schedule.level(jumps[0][0]).sigma.to(x_t)
     if start is None and adapter:
         start = adapter.card.start
     if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)

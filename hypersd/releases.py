@@ -1,28 +1,34 @@
-"""Published few-step LoRAs as adapters of ours: fetched once, read under either way of naming, kept with a card.
+"""Published few-step LoRAs as adapters of ours: fetched once, checked, read under any way of naming, kept with a card.
 
-    python -m hypersd fetch sd15            what there is, how big, under which licence
-    python -m hypersd fetch sd15 hyper lcm  fetch these, and the base model where it is not there
+    python -m hypersd fetch sdxl            what there is, how big, under which licence
+    python -m hypersd fetch sdxl hyper lcm  fetch these, and the base model where it is not there
 
-What a release is drawn with (steps, sampler, guidance, eta) is written down here once; the file that `fetch` leaves
-behind carries it in its metadata, like a LoRA that was trained here, and stands in the app as its method's row.
+What a release is drawn with (steps, grid, guidance, eta) is written down here once, as its model card says; the file
+that `fetch` leaves behind carries it in its metadata, like a LoRA that was trained here, and stands in the app as its
+method's row. Nothing is believed by its name: a file must have the sha256 that stands here, or where none does the one
+that the hub itself told before the download. What is not for commerce is fetched only by one who says so.
 
-Differs from the releases: LCM's own grid of 50 timesteps is a few timesteps off the trailing grid that all methods
-share here, so that all panels of a comparison visit the same noise levels.
+Differs from the model cards: with numbers of steps that do not divide the timesteps, 12 and 16 among them, a step ends
+where the next one begins, and not a timestep beside it as in diffusers' DDIMScheduler.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hypersd.adapters import AdapterFile, load, save
+from hypersd.adapters import AdapterError, AdapterFile, load, save
 from hypersd.records import Adapter, InputError
 
 
 @dataclass(frozen=True)
 class Release:
-    """One published LoRA: whose method, made for how many segments, drawn with what, under which licence."""
+    """One published LoRA: whose method, made for how many segments, drawn with what, under which licence.
+
+    `sha256` is that of the file, "" where its makers' could not be looked up; `spacing` names the grid of timesteps.
+    """
 
     method: str
     backbone: str
@@ -31,9 +37,12 @@ class Release:
     segments: int
     licence: str
     megabytes: int
+    sha256: str = ""
     guidance: float = 1.0
     eta: float = 0.0
     scale: float = 1.0
+    spacing: str = "trailing"
+    commercial: bool = True
 
     @property
     def name(self) -> str:
@@ -41,7 +50,8 @@ class Release:
         several = [r for r in RELEASES if (r.method, r.backbone) == (self.method, self.backbone)]
         return f"{self.method}-{self.segments}" if len(several) > 1 else self.method
 
-    def card(self, base_sha256: str, rank: int) -> Adapter:
+    def card(self, base_sha256: str, rank: int, sha256: str = "") -> Adapter:
+        told = {"licence": self.licence, "spacing": self.spacing, "sha256": sha256}
         return Adapter(
             name=self.method,
             method=self.method,
@@ -54,20 +64,87 @@ class Release:
             updates=0,
             data="",
             commit="",
-            recipe={"release": f"{self.repository}/{self.file}", "licence": self.licence},
+            recipe={"release": f"{self.repository}/{self.file}", **told},
             scale=self.scale,
         )
 
 
 HYPER, RAIL = "ByteDance/Hyper-SD", "ByteDance RAIL (2024-04-11), uses restricted"
+OPENRAIL, UNTOLD = "CreativeML OpenRAIL++-M", "not stated (code Apache-2.0)"
+NON_COMMERCIAL = "CC BY-NC 4.0, not for commerce"
+LORA, PCM = "pytorch_lora_weights.safetensors", "wangfuyun/PCM_Weights"
+
+
+def _hyper(backbone: str, kind: str, megabytes: int, hashes: dict[str, str]) -> list[Release]:
+    """The releases of Hyper-SD's authors for one base; `hashes` go by number of steps."""
+
+    def one(steps: str, method: str, segments: int, guidance: float = 1.0) -> Release:
+        file = f"Hyper-{kind}-{steps}-lora.safetensors"
+        return Release(method, backbone, HYPER, file, segments, RAIL, megabytes, hashes[steps], guidance)
+
+    return [
+        replace(one("1step", "hyper", 1), eta=1.0, spacing="original"),
+        *(one(f"{k}steps", "tscd", k) for k in (8, 4, 2)),
+        *(one(f"{k}steps-CFG", "tscd-cfg", k, 6.0) for k in (8, 12)),
+    ]
+
+
+def _pcm(backbone: str, megabytes: int, hashes: dict[str, str]) -> list[Release]:
+    def one(method: str, kind: str, steps: int, guidance: float) -> Release:
+        file = f"{backbone}/pcm_{backbone}_{kind}cfg_{steps}step_converted.safetensors"
+        sha256 = hashes.get(f"{kind} {steps}", "")
+        return Release(method, backbone, PCM, file, steps, UNTOLD, megabytes, sha256, guidance)
+
+    plain = [one("pcm", "small", k, 1.0) for k in (2, 4, 8, 16)]
+    return plain + [one("pcm-cfg", "normal", k, 7.5) for k in (4, 8, 16)]
+
+
 RELEASES = (
-    Release("hyper", "sd15", HYPER, "Hyper-SD15-1step-lora.safetensors", 1, RAIL, 269, eta=1.0),
-    *(Release("tscd", "sd15", HYPER, f"Hyper-SD15-{k}step{'s' * (k > 1)}-lora.safetensors", k, RAIL, 269)
-      for k in (8, 4, 2)),
-    Release("tscd-cfg", "sd15", HYPER, "Hyper-SD15-8steps-CFG-lora.safetensors", 8, RAIL, 269, guidance=6.0),
-    Release("lcm", "sd15", "latent-consistency/lcm-lora-sdv1-5", "pytorch_lora_weights.safetensors", 1,
-            "CreativeML OpenRAIL++-M", 135),
-    Release("tcd", "sd15", "h1t/TCD-SD15-LoRA", "pytorch_lora_weights.safetensors", 1, "MIT", 135, eta=0.3),
+    *_hyper("sd15", "SD15", 269, {
+        "1step": "a04fd9a535c1e56d38f7590ee72a13fd5ca0409853b4fff021e5a9482cf1ca3b",
+        "2steps": "2f26dcc1d883feb07557a552315baae2ca2a04ac08556b08a355a244547e8c3a",
+        "4steps": "c5dd058616461ed5053e2b14eec4dbe3fa0eea3b13688642f6d6c80ea2ba5958",
+        "8steps": "91fc3186236e956d64dbb4357f2e120c69b968b78af7d2db9884a5ca74d3cd13",
+        "8steps-CFG": "f6123d5b950d5250ab6c33600e27f4dcf71b3099ebf888685e01e9e8117ce482",
+        "12steps-CFG": "64b98437383537cd968fda6f87a05c33160ece9c79ff4757949a1e212ff78361",
+    }),
+    Release("lcm", "sd15", "latent-consistency/lcm-lora-sdv1-5", LORA, 1, OPENRAIL, 135,
+            "8f90d840e075ff588a58e22c6586e2ae9a6f7922996ee6649a7f01072333afe4", spacing="original"),
+    Release("tcd", "sd15", "h1t/TCD-SD15-LoRA", LORA, 1, "MIT", 135,
+            "eaecb24a1cda4411eab67275b1d991071216ac93693e8fa0c9226c9df0386232", eta=0.3, spacing="original"),
+    *_pcm("sd15", 135, {
+        "small 2": "4c5f27a727d12146de4b1d987cee3343bca89b085d12b03c45297af05ce88ef4",
+        "small 8": "41a7f0b966d18f643d16c4401f0b5ef6b9ef7362c20e17128322f17874709107",
+        "small 16": "c7ac2fa3df3a5b7080ebe63f259ab13630014f104c93c3c706d77b05cc48506b",
+        "normal 4": "fa6acb94f11dba3bf4120af5a12e3c88cd2b9572d43ec1a6fb04eede9f32829e",
+        "normal 8": "bff3d4499718b61455b0757b5f8d98fe23e73a768b538c82ecf91c693b69dbcd",
+        "normal 16": "8f605ffde3616592deb37ed8c6bacb83fe98963c1fd0883c2a4f93787098aa45",
+    }),
+    Release("flash", "sd15", "jasperai/flash-sd", LORA, 2, NON_COMMERCIAL, 135,
+            "99353444c1a0f40719a1b3037049dbd24800317979a73c312025c05af3574a5f", eta=1.0, spacing="original",
+            commercial=False),
+    *_hyper("sdxl", "SDXL", 787, {
+        "1step": "c912df184c5116792d2c604d26c6bc2aa916685f4a793755255cda1c43a3c78a",
+        "2steps": "69b25c0187ced301c3603c599c0bc509ac99b8ac34db89a2aecc3d5f77a35187",
+        "4steps": "12f81a27d00a751a40d68fd15597091896c5a90f3bd632fb6c475607cbdad76e",
+        "8steps": "ca689190e8c46038550384b5675488526cfe5a40d35f82b27acb75c100f417c1",
+        "8steps-CFG": "55b51334c85061afff5eff7c550b61963c8b8607a5868bbe4f26db49374719b1",
+        "12steps-CFG": "0b97f447b5878323a28fbe7c51ba7acebd21f4d77552ba77b04b11c8911825b6",
+    }),
+    Release("lcm", "sdxl", "latent-consistency/lcm-lora-sdxl", LORA, 1, OPENRAIL, 394,
+            "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141", spacing="original"),
+    Release("tcd", "sdxl", "h1t/TCD-SDXL-LoRA", LORA, 1, "MIT", 394,
+            "2c777bc60abf41d3eb0fe405d23d73c280a020eea5adf97a82a141592c33feba", eta=0.3, spacing="original"),
+    *_pcm("sdxl", 394, {}),
+    *(Release("lightning", "sdxl", "ByteDance/SDXL-Lightning", f"sdxl_lightning_{k}step_lora.safetensors", k, OPENRAIL,
+              394, sha256)
+      for k, sha256 in ((2, ""), (4, "bf56cf2657efb15e465d81402ed481d1e11c4677e4bcce1bc11fe71ad8506b79"),
+                        (8, "5aa30d94cdf7950a8b53a693682650ee061eddb128c5435a8f88defea73b2ac6"))),
+    Release("flash", "sdxl", "jasperai/flash-sdxl", LORA, 2, NON_COMMERCIAL, 372,
+            "afe2ca6e27c4c6087f50ef42772c45d7b0efbc471b76e422492403f9cae724d7", eta=1.0, spacing="original",
+            commercial=False),
+    Release("dmd2", "sdxl", "tianweiy/DMD2", "dmd2_sdxl_4step_lora_fp16.safetensors", 4, NON_COMMERCIAL, 394,
+            "b3d9173815a4b595991c3a7a0e0e63ad821080f314a0b2a3cc31ecd7fcf2cbb8", eta=1.0, commercial=False),
 )  # fmt: skip
 
 
@@ -96,6 +173,8 @@ def chosen(backbone: str, names: Sequence[str]) -> list[Release]:
 def hub(repository: str, file: str) -> Path:
     """A file of the Hugging Face hub, from its cache where it is there; with the hub's own progress bar.
 
+    An interrupted download goes on where it was.
+
     Raises:
         InputError: it cannot be had.
     """
@@ -115,11 +194,31 @@ def fetch(release: Release, base_sha256: str, out: Path, get: Callable[[str, str
 
     Raises:
         InputError: it cannot be had.
-        AdapterError: it is no LoRA of a UNet, or damaged; nothing was written.
+        AdapterError: it is not the file that was published, no LoRA of a UNet, or damaged; nothing was written.
     """
-    adapter = load(get(release.repository, release.file))
+    path = get(release.repository, release.file)
+    sha256 = _checked(release, path)
+    adapter = load(path)
     rank = max(len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A"))
-    return save(out / f"{release.name}.safetensors", adapter, release.card(base_sha256, rank))
+    return save(out / f"{release.name}.safetensors", adapter, release.card(base_sha256, rank, sha256))
+
+
+def _checked(release: Release, path: Path) -> str:
+    """The sha256 of a file that was fetched, once it is the one that it must be."""
+    blob = path.resolve().name  # the hub's cache names a large file by the sha256 that it was told
+    told = blob if path.is_symlink() and len(blob) == 64 else ""
+    try:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as problem:
+        raise AdapterError(f"{path} cannot be read ({type(problem).__name__}); check the path") from problem
+    expected = release.sha256 or told
+    if expected and found != expected:
+        raise AdapterError(
+            f"{path.name} is not what {release.repository} published: its sha256 is {found[:12]}.., not "
+            f"{expected[:12]}..; delete {path} and fetch it again"
+        )
+    return found
 
 
 def describe(release: Release, at_hand: bool) -> str:

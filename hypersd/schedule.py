@@ -33,7 +33,8 @@ from torch import Tensor
 from hypersd.records import CLEAN, FINAL, InputError, whole_number
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("trailing", "leading", "linspace")
+SPACINGS = ("trailing", "leading", "linspace", "original")
+ORIGINAL = 50  # points of LCM's own grid
 
 
 class Level(NamedTuple):
@@ -94,7 +95,8 @@ class Schedule:
         """The n timesteps a drawing visits, noisiest first (arXiv:2305.08891, table 2), equal to DDIMScheduler's.
 
         "trailing" starts at T - 1, where a latent really is noise; "leading" stops `steps_offset` short of 0 and
-        starts too low; "linspace" holds both ends. For some n (61, 103, 121, ...) a rounding error makes diffusers
+        starts too low; "linspace" holds both ends; "original" takes n of the 50 that LCM and TCD were trained on, as
+        their schedulers in diffusers do. For some n (61, 103, 121, ...) a rounding error makes diffusers
         add a timestep of -1 to its trailing grid; here n stays n.
         """
         total = len(self)
@@ -108,6 +110,11 @@ class Schedule:
             grid = np.arange(steps)[::-1] * (total // steps) + self.steps_offset
             if grid[0] >= total:
                 raise InputError(f"leading spacing holds no {steps} steps; choose fewer or trailing spacing")
+        elif spacing == "original":
+            points = np.arange(1, ORIGINAL + 1) * (total // ORIGINAL) - 1
+            if steps > ORIGINAL:
+                raise InputError(f"original spacing has {ORIGINAL} timesteps, got {steps}; choose fewer or trailing")
+            grid = points[::-1][np.floor(np.linspace(0, ORIGINAL, steps, endpoint=False)).astype(int)]
         else:
             # numpy's floats and not exact fractions: halves must round as they do in diffusers
             grid = np.round(np.arange(total, 0, -total / steps))[:steps] - 1

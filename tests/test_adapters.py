@@ -91,7 +91,7 @@ def stock(pipeline: StableDiffusionPipeline) -> Iterator[Callable[[Path | None],
 
 def ours(backbone: Backbone, file: AdapterFile | None) -> Tensor:
     """Latents of the same drawing, by our loop: DDIM, whatever method the adapter was made for."""
-    row = replace(METHODS["base"], losses=METHODS["tcd"].losses, adapters=(file,)) if file else METHODS["base"]
+    row = replace(METHODS["base"], adapted=True, adapters=(file,)) if file else METHODS["base"]
     with torch.inference_mode():
         return denoise(backbone, CAT, row).x
 

@@ -125,7 +125,9 @@ def build_xl(folder: Path) -> Path:
             force_upcast=True,
         )
         first = CLIPTextModel(CLIPTextConfig(hidden_size=16, projection_dim=16, **text))
-        second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text))
+        second = CLIPTextModelWithProjection(
+            CLIPTextConfig(hidden_size=24, projection_dim=20, hidden_act="gelu", **text)
+        )
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
     )  # fmt: skip
@@ -138,21 +140,22 @@ def build_xl(folder: Path) -> Path:
 
 
 def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
-    """A random LoRA for every stage of every method that is trained; equal models give equal files."""
+    """A random LoRA for every stage of every method that is trained, and every number of steps that others are offered
+    for; equal models give equal files."""
     files = []
     with torch.random.fork_rng():
         torch.manual_seed(1)
         backbone = Backbone.load(model)
         role = Roles(backbone.unet).add("any", rank=rank)
-        for method in METHODS.values():
-            for stage in method.stages:
+        for method in (m for m in METHODS.values() if m.adapted):
+            for segments in [stage.segments for stage in method.stages] or method.steps.suggested:
                 random = {name: 0.1 * torch.randn_like(tensor) for name, tensor in role.adapter().items()}
                 card = Adapter(
                     name=method.name, method=method.name, backbone="tiny", base_sha256=backbone.network_sha256,
-                    segments=stage.segments, rank=rank, guidance=method.guidance, eta=method.eta, updates=0,
+                    segments=segments, rank=rank, guidance=method.guidance, eta=method.eta, updates=0,
                     data="", commit="", recipe={},
                 )  # fmt: skip
-                files.append(save(folder / f"{method.name}-{stage.segments}.safetensors", random, card))
+                files.append(save(folder / f"{method.name}-{segments}.safetensors", random, card))
     return files
 
 

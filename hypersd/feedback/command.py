@@ -101,7 +101,7 @@ def segmenter_run(given: argparse.Namespace) -> Lines:
 
 def _refining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parent", help="the LoRA to refine, a file's name in the LoRA folder, such as tscd-4")
-    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument(
         "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"
     )

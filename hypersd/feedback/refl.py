@@ -174,7 +174,7 @@ class Refinement(distill.Distillation):
     @torch.no_grad()
     def drawn(self, *, refined: bool = True) -> Tensor:
         """Latents of the prompts at the step count asked for, a noise of its own for each. [prompts, c, h, w]"""
-        row = replace(self.method, losses=None, eta=self.parent.card.eta)
+        row = replace(self.method, adapted=False, eta=self.parent.card.eta)
         with self.roles.wear("parent", *(["student"] if refined else [])):
             return torch.cat([
                 denoise(self.backbone, Request(prompt, number, self.asked.steps, guidance=1.0), row).x

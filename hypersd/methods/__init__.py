@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from hypersd.adapters import AdapterFile, beside, found
 from hypersd.folders import cached, network_sha256
-from hypersd.methods import dmd, hyper, lcm, tcd, teacher, tscd, tscd_cfg
+from hypersd.methods import dmd, dmd2, flash, hyper, lcm, lightning, pcm, pcm_cfg, tcd, teacher, tscd, tscd_cfg
 from hypersd.methods.base import Method, Stage, StepRange
 from hypersd.records import Adapter, InputError
 
 __all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
 
-METHODS: dict[str, Method] = {m.METHOD.name: m.METHOD for m in (teacher, lcm, tcd, tscd, tscd_cfg, dmd, hyper)}
+_FILES = (teacher, lcm, tcd, pcm, pcm_cfg, lightning, flash, dmd2, tscd, tscd_cfg, dmd, hyper)
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
 def find(name: str, table: dict[str, Method] = METHODS) -> Method:
@@ -36,7 +37,7 @@ def installed(backbone: str = "emoji") -> dict[str, Method]:
 
 
 def discover(files: Sequence[AdapterFile], base_sha256: str) -> dict[str, Method]:
-    """The table of what can draw on the base whose network has this hash: METHODS without training, and a row for
+    """The table of what can draw on the base whose network has this hash: METHODS without an adapter, and a row for
     each name that the adapters give themselves, in the order of METHODS.
 
     An adapter that cannot be used, or is not needed beside one before it, is told of in the log and left out.
@@ -50,7 +51,7 @@ def discover(files: Sequence[AdapterFile], base_sha256: str) -> dict[str, Method
             beside_it.append(file)
     rows: dict[str, Method] = {}
     for method in METHODS.values():
-        if method.losses is None:
+        if not method.adapted:
             rows[method.name] = method
         for name, found_files in usable.items():
             if found_files and found_files[0].card.method == method.name:
@@ -60,11 +61,11 @@ def discover(files: Sequence[AdapterFile], base_sha256: str) -> dict[str, Method
 
 def _misfit(card: Adapter, base_sha256: str, others: Sequence[AdapterFile]) -> str:
     """Why an adapter cannot stand in the table beside those that give the same name; "" if it can."""
-    trained = [name for name, row in METHODS.items() if row.losses]
-    if card.method not in trained:
-        return f"its method must be one of {', '.join(trained)}, it says {card.method!r}"
+    adapted = [name for name, row in METHODS.items() if row.adapted]
+    if card.method not in adapted:
+        return f"its method must be one of {', '.join(adapted)}, it says {card.method!r}"
     if card.base_sha256 != base_sha256:
-        return f"it was trained on another base; train it again with: python -m hypersd distill {card.method}"
+        return f"it was trained on another base; {METHODS[card.method].remedy('it')}"
     if card.name != card.method and (card.name in METHODS or (others and others[0].card.method != card.method)):
         return f"it is of method {card.method}, but {card.name!r} is another method's name; choose another --name"
     if same := [o.path.name for o in others if o.card.segments == card.segments]:
@@ -75,7 +76,6 @@ def _misfit(card: Adapter, base_sha256: str, others: Sequence[AdapterFile]) -> s
 def _row(method: Method, name: str, files: Sequence[AdapterFile]) -> Method:
     title = method.title if name == method.name else f"{method.title}: {name}"  # two rows of a method are told apart
     card = files[0].card
-    licence = str(card.recipe.get("licence", method.licence))  # of a release, which is its makers'
-    return replace(
-        method, name=name, title=title, guidance=card.guidance, eta=card.eta, licence=licence, adapters=tuple(files)
-    )
+    licence, spacing = str(card.recipe.get("licence", method.licence)), str(card.recipe.get("spacing", method.spacing))
+    drawn = replace(method, guidance=card.guidance, eta=card.eta, spacing=spacing)  # as a release's makers say, or ours
+    return replace(drawn, name=name, title=title, licence=licence, adapters=tuple(files))

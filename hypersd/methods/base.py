@@ -137,12 +137,14 @@ Losses = Callable[[Training, "train.Step"], Iterator[tuple[str, "Tensor"]]]
 class Method:
     """One row of METHODS: everything the app, the command line and the tests need to know about a method.
 
-    `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its
-    grid of timesteps. `losses` and `stages` say how it is trained, stage after stage, None and () for the base model;
-    `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that are
-    trained. With `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came of
-    it and was found, one a stage. `otherwise` ends the sentence that a wrong step count gets, for example "for one
-    step choose hyper".
+    `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its grid
+    of timesteps; with `sigma_start` the first latent is the schedule's share of noise and not all of it, as Euler
+    schedulers begin. All methods but the base model are `adapted`: drawn with an adapter. `losses` and `stages` say how
+    that is trained here, stage after stage, None and () for one that is only read from its makers; `begins_with` names
+    the method whose last adapter the first stage starts from, `learners` the roles that are trained. With
+    `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came of it and was
+    found, one a stage. `otherwise` ends the sentence that a wrong step count gets, for example "for one step choose
+    hyper".
     """
 
     name: str
@@ -157,6 +159,8 @@ class Method:
     spacing: str = "trailing"
     licence: str = "Apache-2.0"
     otherwise: str = ""
+    sigma_start: bool = False
+    adapted: bool = True
     losses: Losses | None = None
     stages: tuple[Stage, ...] = ()
     begins_with: str = ""
@@ -182,15 +186,19 @@ class Method:
         Raises:
             InputError: no adapter was found that can.
         """
-        if self.losses is None:
+        if not self.adapted:
             return None
         fitting = [a for a in self.adapters if steps % a.card.segments == 0]
         if not fitting:
-            raise InputError(
-                f"{self.name} has no trained adapter for {steps} steps here; "
-                f"train one with: python -m hypersd distill {self.name}"
-            )
+            raise InputError(f"{self.name} has no adapter for {steps} steps here; {self.remedy('one')}")
         return max(fitting, key=lambda a: a.card.segments)
+
+    def remedy(self, what: str) -> str:
+        """How to come by an adapter: `what` is "one" that is missing, or "it", which does not fit."""
+        if self.losses:
+            again = "train one with" if what == "one" else "train it again with"
+            return f"{again}: python -m hypersd distill {self.name}"
+        return f"get {what}{' again' * (what == 'it')} with: python -m hypersd fetch sdxl {self.name}"
 
     def describe(self) -> dict[str, Any]:
         """The row without its functions, ready for JSON."""
@@ -198,6 +206,8 @@ class Method:
             "step",
             "steps",
             "otherwise",
+            "sigma_start",
+            "adapted",
             "losses",
             "stages",
             "begins_with",

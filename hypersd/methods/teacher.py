@@ -34,4 +34,5 @@ METHOD = Method(
     steps=StepRange(1, 100, suggested=(1, 2, 4, 8, 25)),
     guidance=4.0,
     eta=0.0,
+    adapted=False,
 )
