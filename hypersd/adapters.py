@@ -272,25 +272,42 @@ def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- wearing
 
 
-def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) -> nn.Module:
-    """A network with W + scale B A in place of W; everything that the adapter leaves alone is shared with `network`.
+def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The weights that an adapter changes, by name.
 
     Raises:
         AdapterError: a layer is not there or has another shape: the adapter is for another base.
     """
     weights = dict(network.named_parameters())
-    touched = {name.rsplit(".", 1)[0] for name in adapter}
-    for name in sorted(touched):
+    touched = {}
+    for name in sorted({name.rsplit(".", 1)[0] for name in adapter}):
         a, b = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B")
-        shape = weights[f"{name}.weight"].shape if f"{name}.weight" in weights else None
+        weight = weights.get(f"{name}.weight")
+        shape = None if weight is None else weight.shape
         if a is None or b is None or (*b.shape[:1], *a.shape[1:]) != shape or a.shape[:1] != b.shape[1:2]:
             raise AdapterError(f"the adapter does not fit this base: its layer {name} is missing or of another shape")
-    kept = [p for key, p in weights.items() if key.removesuffix(".weight") not in touched]
-    worn = copy.deepcopy(network, {id(p): p for p in kept})
+        touched[f"{name}.weight"] = weights[f"{name}.weight"]
+    return touched
+
+
+def merged(weight: Tensor, adapter: dict[str, Tensor], layer: str, scale: float = 1.0) -> Tensor:
+    """W + scale B A of a layer, float32, where the weight is."""
+    a, b = (adapter[f"{layer}.{half}"].to(weight.device).flatten(1) for half in ("lora_A", "lora_B"))
+    return weight.float() + scale * (b @ a).view_as(weight)
+
+
+def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) -> nn.Module:
+    """A network with W + scale B A in place of W; everything that the adapter leaves alone is shared with `network`.
+
+    Raises:
+        AdapterError: the adapter is for another base.
+    """
+    touched = fit(network, adapter)
+    kept = [weight for name, weight in network.named_parameters() if name not in touched]
+    worn = copy.deepcopy(network, {id(weight): weight for weight in kept})
     for name in touched:
-        weight: Tensor = worn.get_parameter(f"{name}.weight").data
-        delta = adapter[f"{name}.lora_B"].flatten(1) @ adapter[f"{name}.lora_A"].flatten(1)
-        weight.copy_(weight.float() + scale * delta.view_as(weight).to(weight.device))
+        weight = worn.get_parameter(name).data
+        weight.copy_(merged(weight, adapter, name.removesuffix(".weight"), scale))
     return worn
 
 

@@ -18,16 +18,15 @@ from hypersd.folders import ModelError
 from hypersd.network import call, packed
 from hypersd.records import InputError
 from hypersd.schedule import Schedule
+from hypersd.wardrobe import GIGABYTE, Wardrobe
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
-
     from hypersd.compiled import Compiled, CompiledNetwork
 
 CACHED_PROMPTS = 256
 ENGINES = ("torch", "openvino")
-SMALL, FUSED_LARGE = 100_000_000, 2  # parameters; a large network is kept merged with so many adapters
-FUSED_NETWORKS = 6  # kept merged with an adapter; the unchanged layers are shared with the base
+RESERVE = 4 * GIGABYTE  # left free of adapters for drawing 1024 x 1024 pixels, most of it for the decoder
+COMPILED = 6  # networks of the other engine that are kept
 
 
 class Backbone:
@@ -54,9 +53,8 @@ class Backbone:
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
-        kept = FUSED_NETWORKS if sum(p.numel() for p in self.unet.parameters()) < SMALL else FUSED_LARGE
-        self._wearing = lru_cache(kept)(self._fuse)
-        self._compiled_wearing = lru_cache(kept)(self._compile)
+        self.wardrobe = Wardrobe(self.unet, RESERVE * self.picture_px**2 // 1024**2)
+        self._compiled_wearing = lru_cache(COMPILED)(self._compile)
         self.engine, self._compiled = engine, self._trace() if engine == "openvino" else None
 
     @classmethod
@@ -137,21 +135,24 @@ class Backbone:
     def predict(self, x_t: Tensor, t: int | Tensor, states: Tensor, adapter: AdapterFile | None = None) -> Tensor:
         """The network's raw output at x_t [n, c, h, w], float32; eps, v or x0 as `schedule.prediction` says.
 
-        An adapter is merged into a copy of the layers it changes when it is first asked for; the last few are kept.
+        An adapter is merged when it is first asked for, see `Wardrobe`.
 
         Raises:
             ModelError, AdapterError: the adapter was made for another base, or its file cannot be read.
         """
-        key = (adapter.path, adapter.sha256) if adapter else (None, "")
         if self._compiled and isinstance(t, int):
-            return self._compiled_wearing(*key)(x_t, t, states)
-        return call(self._wearing(*key), x_t.to(self.dtype), t, states).float()
+            return self._compiled_wearing(*((adapter.path, adapter.sha256) if adapter else (None, "")))(x_t, t, states)
+        return call(self._worn(adapter), x_t.to(self.dtype), t, states).float()
 
-    @torch.inference_mode(False)  # it is kept, and may be trained through after it was drawn with
+    @torch.inference_mode(False)  # what is merged is kept, and may be trained through after it was drawn with
     @torch.no_grad()
-    def _fuse(self, path: Path | None, sha256: str) -> UNet2DConditionModel:
-        if path is None:
-            return self.unet
+    def _worn(self, adapter: AdapterFile | None) -> Any:
+        if adapter is None:
+            return self.wardrobe.bare()
+        return self.wardrobe.wear((adapter.path, adapter.sha256), lambda: self._read(adapter.path, adapter.sha256))
+
+    def _read(self, path: Path, sha256: str) -> tuple[dict[str, Tensor], float]:
+        """The tensors and the scale of an adapter that was made for this base."""
         file = inspect(path)
         if file.sha256 != sha256:
             raise ModelError(f"{path.name} was replaced by another file; start the app again")
@@ -160,16 +161,18 @@ class Backbone:
                 f"{path.name} was trained on another base than {self.name}; "
                 f"train it again with: python -m hypersd distill {file.card.method}, or fetch it again"
             )
-        return fused(self.unet, load_adapter(path), file.card.scale)
+        return load_adapter(path), file.card.scale
 
     def _trace(self) -> Compiled:
         from hypersd.compiled import Compiled
 
         return Compiled(self.unet, self.vae, (self.noise(0)[0], self.embed([""])))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _compile(self, path: Path | None, sha256: str) -> CompiledNetwork:
         assert self._compiled
-        return self._compiled.network(self._fuse(path, sha256))  # the merged copy is not kept
+        return self._compiled.network(fused(self.unet, *self._read(path, sha256)) if path else self.unet)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -268,7 +268,7 @@ def test_an_adapter_is_merged_once(tiny_folder: Path, file: AdapterFile, monkeyp
         made.append(1)
         return fused(*arguments)
 
-    monkeypatch.setattr("hypersd.backbone.fused", counting)
+    monkeypatch.setattr("hypersd.wardrobe.fused", counting)
     first, again = ours(backbone, file), ours(backbone, file)
     assert torch.equal(first, again) and len(made) == 1
 

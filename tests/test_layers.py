@@ -19,7 +19,7 @@ ROWS = [
     "solvers",
     "checkpoint muon adapters scores",
     "train data",
-    "compiled roles adversary releases",
+    "compiled roles adversary releases wardrobe",
     "backbone",
     "methods",
     "generate sweep",
