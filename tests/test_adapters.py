@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 import stat
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -545,6 +546,7 @@ def test_the_hash_of_a_base_is_the_backbones(tiny_folder: Path, tiny_backbone: B
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes((tiny_folder / "unet" / weights.name).read_bytes())
+    shutil.copy(tiny_folder / "model_index.json", tmp_path)
     write_manifest(tmp_path)
     assert network_sha256(tmp_path) == tiny_backbone.network_sha256
     for damaged in ("{", "[]", "{}", '{"files": {}}'):  # loading the model says what is wrong
