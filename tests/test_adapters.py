@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import stat
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
