@@ -16,7 +16,7 @@ NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPE
 def load() -> Any:
     from hypersd.backbone import Backbone, best_device
 
-    device, dtype = best_device()
+    device, dtype = best_device(NAME)
     return Backbone.load(NAME, device=device, dtype=dtype, engine=ENGINE)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
-PREFIX = "unet."  # diffusers says which part of a pipeline a LoRA is for
+PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
 HEADER_MAX = 100_000_000  # bytes; the format's own limit
 
@@ -153,7 +153,10 @@ def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     halves = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
     adapter = {}
     for key, tensor in tensors.items():
-        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", key)
+        found = re.fullmatch(
+            f"(?:{re.escape(PREFIX)}|{re.escape(FLOW_PREFIX)})" + r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight",
+            key,
+        )
         if not found:
             raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds {key}")
         adapter[f"{found[1]}.{halves[found[2]]}"] = tensor.float()
@@ -243,7 +246,8 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
         half = tensor.detach().to(torch.float16).contiguous().cpu()
         if not half.isfinite().all():
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
-        tensors |= _kohya_named(name, half) if kohya else {f"{PREFIX}{name}.weight": half}
+        prefix = FLOW_PREFIX if re.match(r"(single_)?transformer_blocks\.", name) else PREFIX
+        tensors |= _kohya_named(name, half) if kohya else {f"{prefix}{name}.weight": half}
     staging = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

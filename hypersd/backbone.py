@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypersd import folders
 from hypersd.adapters import AdapterFile, fused, inspect
@@ -17,7 +17,7 @@ from hypersd.adapters import load as load_adapter
 from hypersd.folders import ModelError
 from hypersd.network import call, packed
 from hypersd.records import InputError
-from hypersd.schedule import Schedule
+from hypersd.schedule import FlowSchedule, Schedule
 from hypersd.wardrobe import GIGABYTE, Wardrobe
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class Backbone:
     nobody else. A family with other parts brings its own class with these methods.
     """
 
+    denoiser = "unet"  # the part that is one
+    trainable = True
+    tells_guidance = False  # whether the network is told the scale of guidance, instead of being called twice
+
     def __init__(
         self, name: str, folder: Path, licence: str, parts: dict[str, Any], schedule: Schedule, engine: str = "torch"
     ) -> None:
@@ -43,15 +47,13 @@ class Backbone:
         self.name, self.folder, self.licence, self.schedule = name, folder, licence, schedule
         self.tokenizer = parts["tokenizer"]
         self.text_encoder, self.unet, self.vae = (
-            parts[part].requires_grad_(False).eval() for part in ("text_encoder", "unet", "vae")
+            parts[part].requires_grad_(False).eval() for part in ("text_encoder", self.denoiser, "vae")
         )
         if self.vae.config.get("force_upcast") and self.vae.dtype == torch.float16:
             self.vae.float()  # it overflows in half precision
         self.device: torch.device = self.unet.device
         self.dtype: torch.dtype = self.unet.dtype
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, height, width)
+        self.latent_shape: tuple[int, int, int] = self._latent_shape()
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
         self.wardrobe = Wardrobe(self.unet, RESERVE * self.picture_px**2 // 1024**2)
         self._compiled_wearing = lru_cache(COMPILED)(self._compile)
@@ -83,8 +85,19 @@ class Backbone:
         for part in folders.parts(folder, name):
             parts[part].to(device)
         kind = folders.read_json(folder, name, "model_index.json")["_class_name"]
-        schedule = Schedule.from_config(folders.read_json(folder, name, "scheduler/scheduler_config.json"))
-        return CLASSES.get(kind, Backbone)(name, folder, licence, parts, schedule, engine)
+        family = CLASSES[kind]
+        schedule = family.trajectory(folders.read_json(folder, name, "scheduler/scheduler_config.json"), parts)
+        return family(name, folder, licence, parts, schedule, engine)
+
+    @staticmethod
+    def trajectory(config: dict[str, Any], parts: dict[str, Any]) -> Schedule:
+        """The noise schedule, from the scheduler's configuration and, where it depends on them, the parts."""
+        return Schedule.from_config(config)
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
 
     @cached_property
     def sha256(self) -> str:
@@ -115,6 +128,10 @@ class Backbone:
         # cat copies: the remembered inference tensors, unfit for training, stay here and cannot be changed outside
         return torch.cat([self._embed(prompt) for prompt in prompts])
 
+    def guided(self, states: Tensor, g: float) -> Tensor:
+        """The states for guidance g, where the network is told it."""
+        return states
+
     def truncated(self, prompt: str) -> str:
         """The end of the prompt that does not fit into the text encoder and is ignored; "" if all of it is read."""
         room = self.tokenizer.model_max_length - 2  # the marks of start and end take one token each
@@ -142,7 +159,10 @@ class Backbone:
         """
         if self._compiled and isinstance(t, int):
             return self._compiled_wearing(*((adapter.path, adapter.sha256) if adapter else (None, "")))(x_t, t, states)
-        return call(self._worn(adapter), x_t.to(self.dtype), t, states).float()
+        return self._call(self._worn(adapter), x_t.to(self.dtype), t, states).float()
+
+    def _call(self, network: Any, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
+        return call(network, x_t, t, states)
 
     @torch.inference_mode(False)  # what is merged is kept, and may be trained through after it was drawn with
     @torch.no_grad()
@@ -180,15 +200,20 @@ class Backbone:
         image = pixels.to(self.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
         posterior = self.vae.encode(image).latent_dist
         scale = self.vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return (posterior.mean.float() - self._shift) * scale, posterior.std.float() * scale
 
     def picture(self, latents: Tensor) -> Tensor:
         """Latents [n, c, h, w] -> float32 [n, 3, height, width] around -1..1, with gradient if `latents` have one."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
         if self._compiled:
             return self._compiled.decode(scaled)
         decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
         return decoded
+
+    @property
+    def _shift(self) -> float:
+        """What the middle of the latents is moved by, where the autoencoder says so."""
+        return float(self.vae.config.get("shift_factor") or 0.0)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -230,9 +255,128 @@ class StableDiffusionXL(Backbone):
         return packed(sequence, pooled, (side, side, 0, 0, side, side)).to(self.dtype)
 
 
-CLASSES: dict[str, type[Backbone]] = {"StableDiffusionXLPipeline": StableDiffusionXL}
+class StableDiffusion3(Backbone):
+    """Stable Diffusion 3, arXiv:2403.03206: a transformer and rectified flow, three text encoders. Drawn with only."""
+
+    denoiser = "transformer"
+    trainable = False
+    reads = 256  # tokens of the long text encoder, as in diffusers
+
+    def __init__(
+        self, name: str, folder: Path, licence: str, parts: dict[str, Any], schedule: Schedule, engine: str = "torch"
+    ) -> None:
+        if engine != "torch":
+            raise InputError(f"the {engine} engine does not draw with {name}; leave it out")
+        self.readers = [
+            (parts[folders.tokenizer_of(p)], parts[p].eval()) for p in parts if p.startswith("text_encoder")
+        ]
+        super().__init__(name, folder, licence, parts, schedule, engine)
+
+    @staticmethod
+    def trajectory(config: dict[str, Any], parts: dict[str, Any]) -> Schedule:
+        about = parts["transformer"].config
+        return FlowSchedule.of(config, tokens=(about.sample_size // about.patch_size) ** 2, even=False)
+
+    def truncated(self, prompt: str) -> str:
+        tokenizer = self.readers[-1][0]
+        offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        room = self.reads - 1  # one token marks the end
+        return prompt[offsets[room][0] :] if len(offsets) > room else ""
+
+    @torch.inference_mode()
+    def _embed_now(self, prompt: str) -> Tensor:
+        """Both short encoders' last layer but one side by side, then the long one's states; and both pooled states."""
+        *short, (tokenizer, long) = self.readers
+        sequences, pooled = [], []
+        for reader, encoder in short:
+            answer = encoder(self._tokens(reader, prompt), output_hidden_states=True)
+            sequences.append(answer.hidden_states[-2])
+            pooled.append(answer[0])
+        read = long(self._tokens(tokenizer, prompt, self.reads))[0]
+        joined = torch.cat(sequences, dim=-1)
+        joined = nn.functional.pad(joined, (0, read.shape[-1] - joined.shape[-1]))
+        return packed(torch.cat([joined, read], dim=1), torch.cat(pooled, dim=-1)).to(self.dtype)
+
+    def _tokens(self, tokenizer: Any, prompt: str, length: int | None = None) -> Tensor:
+        read = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens: Tensor = read.input_ids.to(self.device)
+        return tokens
+
+    def _call(self, network: Any, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
+        pooled = states[:, -1, : network.config.pooled_projection_dim]
+        told = {"encoder_hidden_states": states[:, :-1], "pooled_projections": pooled}
+        output: Tensor = network(x_t, timestep=self._sigma(x_t, t) * 1000, **told, return_dict=False)[0]
+        return output
+
+    def _sigma(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        return (torch.as_tensor(t, device=x_t.device) / len(self.schedule)).expand(len(x_t))
 
 
-def best_device() -> tuple[str, torch.dtype]:
-    """Where to draw, and in which numbers: a GPU in half precision if there is one."""
-    return ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+class Flux(StableDiffusion3):
+    """FLUX.1: patches of 2 x 2 latents as tokens, and guidance that the network is told. Drawn with only."""
+
+    tells_guidance = True
+    reads = 512
+
+    @staticmethod
+    def trajectory(config: dict[str, Any], parts: dict[str, Any]) -> Schedule:
+        return FlowSchedule.of(config, tokens=(Flux._side(parts["vae"]) // 2) ** 2, even=True)
+
+    @staticmethod
+    def _side(vae: Any) -> int:
+        """Of the latents of the pictures that the autoencoder was made for."""
+        return int(vae.config.sample_size) // 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def _latent_shape(self) -> tuple[int, int, int]:
+        side = self._side(self.vae)
+        return self.unet.config.in_channels // 4, side, side
+
+    @torch.inference_mode()
+    def _embed_now(self, prompt: str) -> Tensor:
+        """The long encoder's states, and the short one's pooled state."""
+        (reader, short), (tokenizer, long) = self.readers
+        pooled = short(self._tokens(reader, prompt)).pooler_output
+        return packed(long(self._tokens(tokenizer, prompt, self.reads))[0], pooled).to(self.dtype)
+
+    def _call(self, network: Any, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
+        width = network.config.pooled_projection_dim
+        n, c, height, width_ = x_t.shape
+        h, w = height // 2, width_ // 2
+        tokens = x_t.view(n, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w, c * 4)
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(x_t)
+        output: Tensor = network(
+            tokens,
+            timestep=self._sigma(x_t, t).to(x_t.dtype),
+            guidance=states[:, -1, width].float() if network.config.guidance_embeds else None,
+            encoder_hidden_states=states[:, :-1],
+            pooled_projections=states[:, -1, :width],
+            txt_ids=x_t.new_zeros(states.shape[1] - 1, 3),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return output.view(n, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, height, width_)
+
+    def guided(self, states: Tensor, g: float) -> Tensor:
+        """States that tell the network the scale of guidance."""
+        told = states.clone()
+        told[:, -1, self.unet.config.pooled_projection_dim] = g
+        return told
+
+
+CLASSES: dict[str, type[Backbone]] = {
+    "StableDiffusionPipeline": Backbone,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+}
+
+
+def best_device(name: str) -> tuple[str, torch.dtype]:
+    """Where to draw with a model, and in which numbers: on a GPU in half precision if there is one."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+    preset = folders.BACKBONES.get(name)
+    return "cuda", getattr(torch, preset.half) if preset else torch.float16

@@ -334,6 +334,8 @@ def loader(backbone: str) -> Callable[[], Backbone]:
 
     def load() -> Backbone:
         loaded = Backbone.load(backbone, device=device, dtype=preset(backbone).dtype)
+        if not loaded.trainable:
+            raise InputError(f"{loaded.name} can be drawn with, not trained; choose emoji, sd15, sdxl or the like")
         if device == "cpu":  # the fused kernel's backward is slow here
             loaded.unet.set_attn_processor(AttnProcessor())
         return loaded

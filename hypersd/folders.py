@@ -46,25 +46,45 @@ class Part:
 
 
 CLIP, PROJECTED = Part("transformers", "CLIPTextModel"), Part("transformers", "CLIPTextModelWithProjection")
-UNET, VAE = Part("diffusers", "UNet2DConditionModel", denoiser=True), Part("diffusers", "AutoencoderKL")
+T5, VAE = Part("transformers", "T5EncoderModel"), Part("diffusers", "AutoencoderKL")
+UNET = Part("diffusers", "UNet2DConditionModel", denoiser=True)
 FAMILIES: dict[str, dict[str, Part]] = {  # the pipeline that model_index.json names -> its parts with weights
     "StableDiffusionPipeline": {"text_encoder": CLIP, "unet": UNET, "vae": VAE},
     "StableDiffusionXLPipeline": {"text_encoder": CLIP, "text_encoder_2": PROJECTED, "unet": UNET, "vae": VAE},
+    "StableDiffusion3Pipeline": {
+        "text_encoder": PROJECTED,
+        "text_encoder_2": PROJECTED,
+        "text_encoder_3": T5,
+        "vae": VAE,
+        "transformer": Part("diffusers", "SD3Transformer2DModel", denoiser=True),
+    },
+    "FluxPipeline": {
+        "text_encoder": CLIP,
+        "text_encoder_2": T5,
+        "vae": VAE,
+        "transformer": Part("diffusers", "FluxTransformer2DModel", denoiser=True),
+    },
 }
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def tokenizer_of(part: str) -> str:
+    """text_encoder_2 -> tokenizer_2"""
+    return part.replace("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
-    `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch.
+    `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which
+    half precision it draws on a GPU.
     """
 
     source: str
     licence: str
     summary: str
     variant: str = ""
+    half: str = "float16"
 
 
 BACKBONES = {
@@ -83,6 +103,17 @@ BACKBONES = {
         "CreativeML OpenRAIL++-M",
         "Stable Diffusion XL, 1024 px, 7 GB from the Hugging Face hub",
         variant="fp16",
+    ),
+    "sd3": Preset(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "Stability AI Community License, to be accepted on the hub",
+        "Stable Diffusion 3 medium, 1024 px, 16 GB from the Hugging Face hub; for drawing only",
+    ),
+    "flux": Preset(
+        "black-forest-labs/FLUX.1-dev",
+        "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
+        "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
+        half="bfloat16",
     ),
 }
 
@@ -154,8 +185,8 @@ def parts(folder: Path, name: str) -> dict[str, Part]:
     """
     kind = read_json(folder, name, "model_index.json").get("_class_name")
     if kind not in FAMILIES:
-        known = " and ".join(FAMILIES)
-        raise ModelError(f"{name}: model_index.json is for {kind}; only folders of {known} can be read")
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"{name}: model_index.json is for {kind}; choose a folder of one of {known}")
     return FAMILIES[kind]
 
 
@@ -168,7 +199,7 @@ def check_folder(folder: Path, name: str) -> None:
     family = parts(folder, name)
     for path in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in family)):
         read_json(folder, name, path)
-    for tokenizer in (TOKENIZERS[part] for part in family if part in TOKENIZERS):
+    for tokenizer in (tokenizer_of(part) for part in family if part.startswith("text_encoder")):
         if not any((folder / tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name)}")
     listed: dict[str, int] = _manifest(folder, name).get("bytes", {})
@@ -253,16 +284,17 @@ def load_parts(folder: Path, name: str, dtype: torch.dtype) -> dict[str, Any]:
         ModelError: names the part that cannot be loaded, and why.
     """
     family = parts(folder, name)
-    tokenizers = [TOKENIZERS[part] for part in family if part in TOKENIZERS]
-    loaded = {tokenizer: _tokenizer(folder, name, tokenizer) for tokenizer in tokenizers}
+    readers = [(tokenizer_of(part), about) for part, about in family.items() if part.startswith("text_encoder")]
+    loaded = {tokenizer: _tokenizer(folder, name, tokenizer, about) for tokenizer, about in readers}
     return loaded | {part: _part(folder, name, part, about, dtype) for part, about in family.items()}
 
 
-def _tokenizer(folder: Path, name: str, part: str) -> Any:
-    from transformers import CLIPTokenizer
+def _tokenizer(folder: Path, name: str, part: str, encoder: Part) -> Any:
+    from transformers import AutoTokenizer, CLIPTokenizer
 
+    kind = AutoTokenizer if encoder is T5 else CLIPTokenizer
     with _explained(folder, name, part):
-        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+        return kind.from_pretrained(folder / part, local_files_only=True)
 
 
 def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -> Any:
@@ -329,7 +361,7 @@ def encoders_sha256(folder: Path, name: str) -> str:
     encoders = {part: about for part, about in parts(folder, name).items() if not about.denoiser}
     files = [file for part, about in encoders.items() for file in weight_files(folder, name, part, about)]
     files += [folder / part / "config.json" for part in encoders]  # the scale of the latents stands here only
-    for tokenizer in (TOKENIZERS[part] for part in encoders if part in TOKENIZERS):
+    for tokenizer in (tokenizer_of(part) for part in encoders if part.startswith("text_encoder")):
         files += sorted(f for f in (folder / tokenizer).iterdir() if f.is_file())
     return hashlib.sha256("".join(f"{f.name} {file_sha256(f)}\n" for f in files).encode()).hexdigest()
 

@@ -99,13 +99,16 @@ def denoise(
 ) -> Latents:
     """From the request's noise to clean latents. Differentiable; `draw` wraps it in inference mode.
 
-    Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes. One step
+    Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes; a network
+    that is told the scale, as FLUX's, is called once. One step
     begins at the timestep `start`, where it is not given at the one that the adapter was trained for.
     """
     schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
     adapter = method.adapter(request.steps)
-    guided = g > 1
-    states = backbone.embed([request.negative_prompt, request.prompt] if guided else [request.prompt])
+    guided = g > 1 and not backbone.tells_guidance
+    states = backbone.guided(
+        backbone.embed([request.negative_prompt, request.prompt] if guided else [request.prompt]), g
+    )
     x_t, noise_sha256 = backbone.noise(request.seed)
     fresh_noise = _noise_after(x_t, request.seed)
     nfe = 0

@@ -40,11 +40,11 @@ def pooled_width(network: Any) -> int:
     return whole - SIZES * int(network.config.addition_time_embed_dim)
 
 
-def packed(sequence: Tensor, pooled: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """[n, tokens, width], [n, p] and six sizes in pixels -> states [n, tokens + 1, width]; p + 6 <= width."""
+def packed(sequence: Tensor, pooled: Tensor, sizes: tuple[int, ...] = ()) -> Tensor:
+    """[n, tokens, width], [n, p] and sizes in pixels, six or none -> states [n, tokens + 1, width]; p + 6 <= width."""
     last = sequence.new_zeros(len(sequence), 1, sequence.shape[2])
     last[:, 0, : pooled.shape[1]] = pooled
-    last[:, 0, pooled.shape[1] : pooled.shape[1] + SIZES] = sequence.new_tensor(sizes)
+    last[:, 0, pooled.shape[1] : pooled.shape[1] + len(sizes)] = sequence.new_tensor(sizes)
     import torch
 
     return torch.cat([sequence, last], dim=1)

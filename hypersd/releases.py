@@ -72,6 +72,7 @@ class Release:
 HYPER, RAIL = "ByteDance/Hyper-SD", "ByteDance RAIL (2024-04-11), uses restricted"
 OPENRAIL, UNTOLD = "CreativeML OpenRAIL++-M", "not stated (code Apache-2.0)"
 NON_COMMERCIAL = "CC BY-NC 4.0, not for commerce"
+FLUX = "FLUX.1 [dev] Non-Commercial License"
 LORA, PCM = "pytorch_lora_weights.safetensors", "wangfuyun/PCM_Weights"
 
 
@@ -145,6 +146,15 @@ RELEASES = (
             commercial=False),
     Release("dmd2", "sdxl", "tianweiy/DMD2", "dmd2_sdxl_4step_lora_fp16.safetensors", 4, NON_COMMERCIAL, 394,
             "b3d9173815a4b595991c3a7a0e0e63ad821080f314a0b2a3cc31ecd7fcf2cbb8", eta=1.0, commercial=False),
+    *(Release("tscd-cfg", "sd3", HYPER, f"Hyper-SD3-{k}steps-CFG-lora.safetensors", k, RAIL, 472, sha256, g,
+              scale=0.125)
+      for k, g, sha256 in ((4, 3.0, "0ee4e529abd17b06d4295e3bb91c0d4ddae393afad86b2b43c4f5eeb9e401602"),
+                           (8, 5.0, "fc6a3e73e14ed11e21e4820e960d7befcffe7e333850ada9545f239e9aa6027e"),
+                           (16, 7.0, "5b4d0b99d58deb811bdbbe521a06f4dbf56a2e9148ff3211c594e0502b656bc9"))),
+    *(Release("tscd-cfg", "flux", HYPER, f"Hyper-FLUX.1-dev-{k}steps-lora.safetensors", k, FLUX, 1390, sha256, 3.5,
+              scale=0.125, commercial=False)
+      for k, sha256 in ((8, "e0ab0fdf569cd01a382f19bd87681f628879dea7ad51fe5a3799b6c18c7b2d03"),
+                        (16, "6461f67dfc1a967ae60344c3b3f350877149ccab758c273cc37f5e8a87b5842e"))),
 )  # fmt: skip
 
 

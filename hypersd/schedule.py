@@ -169,6 +169,67 @@ class Schedule:
 
 
 @dataclass(frozen=True, eq=False)
+class FlowSchedule(Schedule):
+    """Rectified flow (arXiv:2209.03003, arXiv:2403.03206): x_t = (1 - sigma) x_0 + sigma eps, answered with eps - x_0.
+
+    Timesteps are whole numbers here as everywhere: millionths of sigma. Their grid is that of diffusers' own scheduler
+    for this `config`; where it is shifted by the size of the picture, `tokens` is that size, in patches. With `even`
+    the unshifted grid ends at sigma = 1 / n, as FLUX's, else at the config's smallest sigma, as Stable Diffusion 3's.
+    The step that follows the flow is `ddim_step` there too: both are lines between estimates of x_0 and eps.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    even: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], tokens: int, even: bool) -> FlowSchedule:
+        return cls(torch.empty(0), 1.0, "flow", "flow", config=config, tokens=tokens, even=even)
+
+    def __post_init__(self) -> None:  # there is no table
+        pass
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
+        """The n timesteps a drawing visits, noisiest first; `spacing` is the model's own, whatever is asked for."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        steps = whole_number(steps, "steps", 1, 1000)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(self.config))
+        shifted = {"mu": self._shift()} if self.config.get("use_dynamic_shifting") else {}
+        if self.even:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **shifted)
+        else:
+            scheduler.set_timesteps(steps, **shifted)
+        return [round(sigma * len(self)) for sigma in scheduler.sigmas[:-1].tolist()]
+
+    def _shift(self) -> float:
+        """mu of arXiv:2403.03206, section 5.3.2, drawn as a line through two sizes of pictures."""
+        small, large = self.config.get("base_image_seq_len", 256), self.config.get("max_image_seq_len", 4096)
+        low = self.config.get("base_shift", 0.5)
+        high = self.config.get("max_shift", 1.15 if self.even else 1.16)
+        return float(low + (high - low) * (self.tokens - small) / (large - small))
+
+    def level(self, t: int | Tensor) -> Level:
+        if isinstance(t, Tensor):
+            sigma = t.clamp_min(0).float() / len(self)
+            sigma = sigma.reshape(-1, 1, 1, 1) if t.ndim else sigma
+        else:
+            sigma = torch.tensor(max(t, 0) / len(self))
+        return Level(1 - sigma, sigma)
+
+    def target(self, x0: Tensor, eps: Tensor, t: int | Tensor) -> Tensor:
+        return eps - x0
+
+    def split(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.level(t)
+        output, x_t = output.float(), x_t.float()
+        return x_t - sigma * output, x_t + alpha * output
+
+
+@dataclass(frozen=True, eq=False)
 class Segments:
     """Solver points and segment edges of trajectory segmented consistency distillation as one integer table.
 

@@ -81,7 +81,9 @@ def stock(backbone: Backbone, release: Release, file: Path, steps: int) -> Tenso
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler with numpy 2
-@pytest.mark.parametrize("release", RELEASES, ids=lambda r: f"{r.backbone}-{r.name}")
+@pytest.mark.parametrize(
+    "release", [r for r in RELEASES if r.backbone in KINDS], ids=lambda r: f"{r.backbone}-{r.name}"
+)
 def test_a_release_is_drawn_as_its_card_says(
     models: dict[str, Backbone], theirs: dict[str, Path], tmp_path: Path, release: Release
 ) -> None:

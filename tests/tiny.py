@@ -139,6 +139,87 @@ def build_xl(folder: Path) -> Path:
     return folder
 
 
+def build_sd3(folder: Path, shift: bool = False) -> Path:
+    """The same in StableDiffusion3Pipeline's layout: a transformer and rectified flow, three text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = SD3Transformer2DModel(
+            sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=16 + 20, pos_embed_max_size=8,
+        )  # fmt: skip
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shift),
+            vae=_flow_vae(), text_encoder=_clip(True, 16), tokenizer=tokenizer(), text_encoder_2=_clip(True, 24, 20),
+            tokenizer_2=tokenizer(pad="!"), text_encoder_3=_t5(48), tokenizer_3=_unigram(),
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def build_flux(folder: Path) -> Path:
+    """The same in FluxPipeline's layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, pooled_projection_dim=16, guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, max_image_seq_len=4096,
+        )  # fmt: skip
+        pipeline = FluxPipeline(
+            transformer=transformer, scheduler=scheduler, vae=_flow_vae(), text_encoder=_clip(False, 16),
+            tokenizer=tokenizer(), text_encoder_2=_t5(48), tokenizer_2=_unigram(),
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _flow_vae():  # type: ignore[no-untyped-def]
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=64, latent_channels=4, layers_per_block=1, block_out_channels=(4, 4, 8, 8), norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.8, shift_factor=0.1,
+    )  # fmt: skip
+
+
+def _clip(projected: bool, width: int, projection: int = 16):  # type: ignore[no-untyped-def]
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    words = tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, projection_dim=projection, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=TOKENS,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def _t5(width: int):  # type: ignore[no-untyped-def]
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=64, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    )
+
+
+def _unigram():  # type: ignore[no-untyped-def]
+    """A tokenizer of T5's kind that knows letters and WORDS."""
+    from transformers import T5Tokenizer
+
+    letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -3.0), *letters]
+    pieces += [(f"\u2581{word}", -2.0) for word in WORDS]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
 def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
     """A random LoRA for every stage of every method that is trained, and every number of steps that others are offered
     for; equal models give equal files."""
