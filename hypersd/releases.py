@@ -189,13 +189,15 @@ def hub(repository: str, file: str) -> Path:
         InputError: it cannot be had.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        offline = "HF_HUB_OFFLINE is set: unset it" if HF_HUB_OFFLINE else "check the network"
         raise InputError(
             f"{repository}/{file} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
-            "check the network, or put a copy somewhere and name it with --file"
+            f"{offline}, or put a copy somewhere and name it with --file"
         ) from error
 
 
