@@ -171,7 +171,7 @@ class Parquet:
         """(file, row groups, number of the first row) of each piece."""
         pieces: list[tuple[Path, list[int], int]] = []
         for file in self.files:
-            table, first, groups, rows = _parquet(file), 0, [], 0
+            table, first, groups, rows = open_parquet(file), 0, [], 0
             for group in range(table.num_row_groups):
                 groups.append(group)
                 rows += table.metadata.row_group(group).num_rows
@@ -185,7 +185,7 @@ class Parquet:
 
     def read(self, piece: int) -> Iterator[Sample]:
         file, groups, number = self.spans[piece]
-        table, name = _parquet(file), self._name(file)
+        table, name = open_parquet(file), self._name(file)
         image = self.columns.find_image(table.schema_arrow.names, name)
         caption = self.columns.find_caption(table.schema_arrow.names, name)
         try:
@@ -310,7 +310,7 @@ def _column(names: Sequence[str], given: str | None, usual: Sequence[str], what:
 def _records(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table, however it is written. A .jsonl line that is a text alone is a caption."""
     if file.suffix == ".parquet":
-        yield from _parquet(file).read().to_pylist()
+        yield from open_parquet(file).read().to_pylist()
     elif file.suffix == ".csv":
         yield from csv.DictReader(_text(file).splitlines())
     else:
@@ -331,7 +331,7 @@ def _record(file: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     """An opened parquet file. SourceError if it is none, or if nothing here can read one."""
     try:
         import pyarrow.parquet  # 150 MB that only readers of parquet need
