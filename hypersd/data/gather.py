@@ -4,9 +4,9 @@
 
 Hyper-SD (arXiv:2404.13686) learns from parts of LAION and COYO, chosen as for SDXL-Lightning (arXiv:2402.13929, section
 3.6): both sides above 1024 pixels, LAION's aesthetic score above 5.5, sharp by the Laplacian, captions cleaned,
-centre squares. Differs from the papers where they give no figure: watermarks below 0.5 as for Stable Diffusion 1.5,
-unsafe below 0.1 as for Stable Diffusion 2, a Laplacian variance of at least 100 in the square that is kept, and
-pictures that come twice are left out.
+centre squares. Differs from the papers: sides of exactly 1024 count; where they give no figure, watermarks are below
+0.5 as for Stable Diffusion 1.5, unsafe is below 0.1 as for Stable Diffusion 2, and the Laplacian's variance is about
+100 or more in the square that is kept; pictures that come twice are left out.
 
 Each piece of the index becomes a tar of its own and a note of what was left out, both hidden until all pieces are
 there; then pictures that came before are dropped, in the order of the index, and the tars are shown. The bytes depend
@@ -54,12 +54,12 @@ LETTERS = 0.6  # the least share of letters in a caption
 DOWN = 50  # so many addresses in a row without an answer: it is the network, not the index
 REASONS = {  # in the order in which they are looked for
     "no address": "the row names no picture",
-    "no caption": "its caption is too short, or mostly not letters, once cleaned",
     "too small": "its shorter side is below the smallest that is wanted",
     "not scored": "the index gives no score for what is asked for",
     "aesthetic": "not above the aesthetic score",
     "watermark": "likely to have a watermark",
     "unsafe": "likely to be unsafe",
+    "no caption": "its caption is too short, or mostly not letters, once cleaned",
     "not allowed": "the address is not http, or of a private network",
     "unreachable": "nobody answered, twice",
     "too slow": "it took too long, twice",
@@ -216,9 +216,11 @@ class _Work:
 
     def make(self, entry: Entry) -> tuple[int, Picture | str]:
         """The picture of a row, or the reason why there is none."""
-        caption = clean_caption(entry.caption)
-        if reason := before(entry, caption, self.wanted, scoring=self.scorer is not None):
+        if reason := before(entry, self.wanted, scoring=self.scorer is not None):
             return entry.number, reason
+        caption = clean_caption(entry.caption)
+        if len(caption) < self.wanted.shortest or letters(caption) < LETTERS:
+            return entry.number, "no caption"
         try:
             content = self.fetch(entry.url) if entry.picture is None else entry.picture
             return entry.number, look_at(content, entry, caption, self.wanted)
@@ -263,12 +265,10 @@ def check_columns(index: Index, wanted: Wanted, scorer: Scorer | None) -> None:
             raise InputError(f"{missing[0]} has no column for {name}; give {other}--{name} off to ask nothing of it")
 
 
-def before(entry: Entry, caption: str, wanted: Wanted, scoring: bool = False) -> str | None:
+def before(entry: Entry, wanted: Wanted, scoring: bool = False) -> str | None:
     """Why a row is left out by what the index says; None if it is worth its download."""
     if not (entry.url or entry.picture):
         return "no address"
-    if len(caption) < wanted.shortest or letters(caption) < LETTERS:
-        return "no caption"
     said = entry.numbers
     if any(said.get(name, wanted.smallest) < wanted.smallest for name in ("width", "height")):
         return "too small"
@@ -400,7 +400,7 @@ def _name(number: int) -> str:
 
 
 def _add(archive: tarfile.TarFile, made: Picture) -> None:
-    about = json.dumps(made.about, ensure_ascii=False).encode()
+    about = json.dumps(made.about).encode()
     for ending, content in (("jpg", made.jpeg), ("txt", made.caption.encode()), ("json", about)):
         _put(archive, f"{_name(made.number)}.{ending}", content)
 
