@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hypersd import __version__
-from hypersd.records import InputError, Problem, Request, real_number
+from hypersd.records import InputError, Problem, Request, real_number, whole_number
 
 
 class Command(NamedTuple):
@@ -291,6 +291,54 @@ def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, floa
     return (real_number(low, "guidance", 1.0, 30.0), real_number(high or low, "guidance", 1.0, 30.0))
 
 
+def gather_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", nargs="+", help="parquet files, or folders of them, as LAION and COYO publish them")
+    parser.add_argument(
+        "--out", required=True, help="folder of the tars; the same command goes on where it was stopped"
+    )
+    parser.add_argument("--side", default=512, help="of the squares, in pixels; 1024 for SDXL (default: %(default)s)")
+    parser.add_argument(
+        "--smallest", default=1024, help="shorter side before cutting, in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--aesthetic", default=5.5, help="keep what is above, 0 to 10, or off (default: %(default)s)")
+    parser.add_argument("--watermark", default=0.5, help="keep what is below, 0 to 1, or off (default: %(default)s)")
+    parser.add_argument("--unsafe", default=0.1, help="keep what is below, 0 to 1, or off (default: %(default)s)")
+    parser.add_argument(
+        "--sharpness", default=2.0, help="least log10 of the Laplacian's variance (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--near", default=4, help="bits of 64 in which pictures count as the same (default: %(default)s)"
+    )
+    parser.add_argument("--shortest", default=5, help="characters of a caption (default: %(default)s)")
+    parser.add_argument("--score", action="store_true", help="find out the aesthetic score where the index has none")
+    parser.add_argument("--rows", default=10_000, help="of the index that make one tar (default: %(default)s)")
+    parser.add_argument("--threads", default=32, help="downloads at a time (default: %(default)s)")
+    parser.add_argument("--megabytes", default=20, help="largest download (default: %(default)s)")
+    parser.add_argument("--seconds", default=20, help="longest download, tried twice (default: %(default)s)")
+    parser.add_argument("--allow-private", action="store_true", help="let the index name addresses of your own network")
+
+
+def gather_command(given: argparse.Namespace) -> None:
+    import warnings
+    from dataclasses import fields
+
+    from hypersd import scores
+    from hypersd.data import gather, index
+    from hypersd.data.download import Downloads
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # odd pictures are counted
+    wanted = gather.Wanted(**{field.name: getattr(given, field.name) for field in fields(gather.Wanted)})
+    downloads = Downloads(
+        largest=1_000_000 * whole_number(given.megabytes, "megabytes", 1, 1000),
+        seconds=real_number(given.seconds, "seconds", 0.1, 600.0),
+        private=given.allow_private,
+    )
+    rows, threads = whole_number(given.rows, "rows", 1, 1_000_000), whole_number(given.threads, "threads", 1, 256)
+    found = index.open_index([Path(place) for place in given.index], rows)
+    scorer = scores.load("aesthetic") if given.score else None
+    print(gather.table(gather.gather(found, Path(given.out), wanted, downloads, scorer, threads)))
+
+
 def study_arguments(parser: argparse.ArgumentParser) -> None:
     from hypersd.study import command
 
@@ -331,6 +379,9 @@ COMMANDS = {
     "draw": Command("draw one picture", draw_arguments, draw_command),
     "methods": Command("list the methods", methods_arguments, methods_command),
     "fetch": Command("get published few-step LoRAs, and their base model", fetch_arguments, fetch_command),
+    "gather": Command(
+        "pictures and captions from an index of LAION's or COYO's kind", gather_arguments, gather_command
+    ),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
     **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),

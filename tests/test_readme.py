@@ -28,7 +28,8 @@ EXAMPLES = {
     if "hypersd" in (words := shlex.split(line, comments=True)) and "-m" in words
 }
 FEEDBACK = ("reward", "segmenter", "refine", "loop")
-LONG = ("emoji", "evaluate", "bench", "fetch", *FEEDBACK)  # minutes to days, or the network; tested by themselves
+# Minutes to days, or the network; tested by themselves.
+LONG = ("emoji", "evaluate", "bench", "fetch", "gather", *FEEDBACK)
 LINKS = re.findall(r"!?\[[^]]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"", PROSE)
 
 

@@ -143,18 +143,18 @@ class Folder:
         return sorted({*self.names, *self.listed})  # a listed picture that is not there shall be counted, not forgotten
 
     def stamps(self) -> list[str]:
-        known = _digest(sorted(self.listed.items()))
+        known = signature(sorted(self.listed.items()))
         return [
-            _digest(known, *(_stamp(self.root, path, path.rpartition(".")[0] + ".txt") for path in part))
-            for part in _parts(self.paths)
+            signature(known, *(stamp(self.root, path, path.rpartition(".")[0] + ".txt") for path in part))
+            for part in in_parts(self.paths)
         ]
 
     def read(self, piece: int) -> Iterator[Sample]:
-        for path in _parts(self.paths)[piece]:
+        for path in in_parts(self.paths)[piece]:
             file = self.root / path
             beside = file.with_suffix(".txt")
             captions = self.listed.get(path) or (texts(_text(beside)) if beside.is_file() else ())
-            yield Sample(path, captions, _bytes(file))
+            yield Sample(path, captions, read_bytes(file))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Parquet:
         """(file, row groups, number of the first row) of each piece."""
         pieces: list[tuple[Path, list[int], int]] = []
         for file in self.files:
-            table, first, groups, rows = _parquet(file), 0, [], 0
+            table, first, groups, rows = open_parquet(file), 0, [], 0
             for group in range(table.num_row_groups):
                 groups.append(group)
                 rows += table.metadata.row_group(group).num_rows
@@ -181,11 +181,11 @@ class Parquet:
         return pieces
 
     def stamps(self) -> list[str]:
-        return [_digest(_stamp(self.root, self._name(f)), groups, repr(self.columns)) for f, groups, _ in self.spans]
+        return [signature(stamp(self.root, self._name(f)), groups, repr(self.columns)) for f, groups, _ in self.spans]
 
     def read(self, piece: int) -> Iterator[Sample]:
         file, groups, number = self.spans[piece]
-        table, name = _parquet(file), self._name(file)
+        table, name = open_parquet(file), self._name(file)
         image = self.columns.find_image(table.schema_arrow.names, name)
         caption = self.columns.find_caption(table.schema_arrow.names, name)
         try:
@@ -205,7 +205,7 @@ class Parquet:
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, cell)
         if isinstance(content, bytes):
             return content
-        return _bytes(folder / path) if isinstance(path, str) and path else b""
+        return read_bytes(folder / path) if isinstance(path, str) and path else b""
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class Tars:
 
     def stamps(self) -> list[str]:
         names = [file.relative_to(self.root).as_posix() for file in self.files]
-        return [_digest(_stamp(self.root, name), repr(self.columns)) for name in names]
+        return [signature(stamp(self.root, name), repr(self.columns)) for name in names]
 
     def read(self, piece: int) -> Iterator[Sample]:
         file = self.files[piece]
@@ -265,7 +265,7 @@ class Prompts:
     pictures = False
 
     def stamps(self) -> list[str]:
-        return [_digest(_stamp(self.file.parent, self.file.name), repr(self.columns))]
+        return [signature(stamp(self.file.parent, self.file.name), repr(self.columns))]
 
     def read(self, piece: int) -> Iterator[Sample]:
         if self.file.suffix == ".txt":
@@ -310,7 +310,7 @@ def _column(names: Sequence[str], given: str | None, usual: Sequence[str], what:
 def _records(file: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table, however it is written. A .jsonl line that is a text alone is a caption."""
     if file.suffix == ".parquet":
-        yield from _parquet(file).read().to_pylist()
+        yield from open_parquet(file).read().to_pylist()
     elif file.suffix == ".csv":
         yield from csv.DictReader(_text(file).splitlines())
     else:
@@ -331,7 +331,7 @@ def _record(file: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     """An opened parquet file. SourceError if it is none, or if nothing here can read one."""
     try:
         import pyarrow.parquet  # 150 MB that only readers of parquet need
@@ -344,7 +344,7 @@ def _parquet(file: Path) -> Any:
         raise SourceError(f"{file.name} is damaged or not a parquet file ({reason}); download it again") from error
 
 
-def _bytes(file: Path) -> bytes:
+def read_bytes(file: Path) -> bytes:
     """A file's content, nothing if it is not there. SourceError if the system will not give it."""
     try:
         return file.read_bytes() if file.is_file() else b""
@@ -354,7 +354,7 @@ def _bytes(file: Path) -> bytes:
 
 def _text(file: Path) -> str:
     try:
-        return _bytes(file).decode("utf-8-sig").replace("\r\n", "\n")
+        return read_bytes(file).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
@@ -371,11 +371,11 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return opened.read() if opened and wanted else b""
 
 
-def _parts(paths: Sequence[str]) -> list[Sequence[str]]:
+def in_parts(paths: Sequence[str]) -> list[Sequence[str]]:
     return [paths[first : first + PIECE] for first in range(0, len(paths), PIECE)]
 
 
-def _stamp(root: Path, *paths: str) -> str:
+def stamp(root: Path, *paths: str) -> str:
     """Names, sizes and times of change, without reading a byte of the files."""
     found = []
     for path in paths:
@@ -392,5 +392,5 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _digest(*parts: object) -> str:
+def signature(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -127,14 +127,18 @@ def picture_digest(picture: bytes | Image.Image | None) -> str:
     return hashlib.sha256(picture or b"").hexdigest()
 
 
-def ahead(function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int | None = None) -> Iterator[Out]:
     """`function` of each item, in order, in threads, a few items ahead of whoever takes them."""
-    threads = min(8, os.cpu_count() or 1)
+    threads = threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Out]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * threads:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # nobody will take these
+                future.cancel()

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd.data import Dataset, Encoder, Sample, open_source, prepare
+from hypersd.data.coco import Outlined, open_coco
 from hypersd.data.dataset import Batch, Draws
 from hypersd.emoji import artwork
 
@@ -77,8 +78,14 @@ class Masked:
         return torch.from_numpy(np.array(self._masks[[self._places[row] for row in rows.tolist()]])).float() / 255
 
 
-def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked]:
-    """A function that opens training data for a backbone: a person's own, cached below `runs`, or the artwork."""
+def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked | Outlined]:
+    """A function that opens training data for a backbone: a person's own, cached below `runs`, or the artwork.
+
+    A folder with COCO's annotations has masks, as the artwork has.
+    """
     if data is None:
         return lambda encoder: dataset(Path("runs/emoji"), encoder)
+    if (Path(data) / "annotations").is_dir():
+        coco = open_coco(Path(data))
+        return lambda encoder: Outlined(prepare(coco, encoder, runs / "data"), coco, encoder.picture_px)
     return lambda encoder: prepare(open_source(data), encoder, runs / "data")
