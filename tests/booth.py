@@ -32,12 +32,12 @@ def small(
     folder: Path,
     painter: Callable[[Request, str], Panel] = paint,
     clock: Callable[[], int] = now_us,
+    database: str | None = None,
     **changes: Any,
 ) -> Pool:
     """A pool that has drawn its pictures, unless something is in the way."""
     given = {"ballots": 6, "practice": 1, "minimum_dwell_ms": 0, "arms": ARMS, **changes}
-    pool = Pool(
-        parse(definition(**given)), Store(folder / "study.db", clock=clock), folder / "images", painter, METHODS
-    )
+    store = Store(database or folder / "study.db", clock=clock)
+    pool = Pool(parse(definition(**given)), store, folder / "images", painter, METHODS)
     pool.fill().join(60)
     return pool

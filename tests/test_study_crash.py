@@ -32,8 +32,8 @@ pytestmark = pytest.mark.slow
 class App:
     """One life of the server after the other, on one folder and one port."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.lives = folder, 0
+    def __init__(self, folder: Path, database: str = "") -> None:
+        self.folder, self.database, self.lives = folder, database, 0
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -43,6 +43,7 @@ class App:
     def alive(self) -> Iterator[None]:
         """Serve until the block ends, then kill -9."""
         command = [sys.executable, str(ROOT / "tests/study_app.py"), str(self.folder), str(self.port)]
+        command += [self.database] if self.database else []
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=log)
         try:
