@@ -220,7 +220,7 @@ def _unigram():  # type: ignore[no-untyped-def]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
+def adapters(model: Path, folder: Path, rank: int = 2, only: tuple[str, ...] = ()) -> list[AdapterFile]:
     """A random LoRA for every stage of every method that is trained, and every number of steps that others are offered
     for; equal models give equal files."""
     files = []
@@ -228,7 +228,7 @@ def adapters(model: Path, folder: Path, rank: int = 2) -> list[AdapterFile]:
         torch.manual_seed(1)
         backbone = Backbone.load(model)
         role = Roles(backbone.unet).add("any", rank=rank)
-        for method in (m for m in METHODS.values() if m.adapted):
+        for method in (m for m in METHODS.values() if m.adapted and (not only or m.name in only)):
             for segments in [stage.segments for stage in method.stages] or method.steps.suggested:
                 random = {name: 0.1 * torch.randn_like(tensor) for name, tensor in role.adapter().items()}
                 card = Adapter(
