@@ -29,7 +29,7 @@ def sd15() -> Any:
     """The network with random weights, in bfloat16 where there are units for it; text states are random too."""
     from diffusers import UNet2DConditionModel
 
-    dtype = torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32
+    dtype = torch.bfloat16 if has_bfloat16("cpu") else torch.float32
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(dtype)
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return SimpleNamespace(
