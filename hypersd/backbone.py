@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ class Backbone:
         )
         if self.vae.config.get("force_upcast") and self.vae.dtype == torch.float16:
             self.vae.float()  # it overflows in half precision
+        self.decoder = self.vae  # or a quicker one
         self.device: torch.device = self.unet.device
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_shape: tuple[int, int, int] = self._latent_shape()
@@ -67,11 +69,15 @@ class Backbone:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         engine: str = "torch",
+        decoder: str = "",
+        offload: bool = False,
     ) -> Backbone:
         """A preset of BACKBONES by name, or any folder in StableDiffusionPipeline layout.
 
         Only a hub preset may use the network, and only for what is not in the local cache yet. `engine` is what
-        draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only.
+        draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only. `decoder` is "quick"
+        or a folder, for a small decoder that draws a little less well; with `offload` the text encoders and the
+        decoder visit the device only while they work, which leaves room for the network.
 
         Raises:
             ModelError: no such model, or a file of it is missing, truncated or damaged.
@@ -79,15 +85,21 @@ class Backbone:
         """
         if engine not in ENGINES:
             raise InputError(f"the engine must be one of {', '.join(ENGINES)}, got {engine[:40]!r}")
+        if decoder and engine != "torch":
+            raise InputError(f"the {engine} engine brings its own decoder; leave one of the two out")
         name, folder, licence = folders.find_folder(name_or_folder)
         folders.check_folder(folder, name)
         parts = folders.load_parts(folder, name, dtype)
-        for part in folders.parts(folder, name):
-            parts[part].to(device)
+        about = folders.parts(folder, name)
+        for part in about:
+            parts[part].to(device if about[part].denoiser or not offload else "cpu")
         kind = folders.read_json(folder, name, "model_index.json")["_class_name"]
         family = CLASSES[kind]
         schedule = family.trajectory(folders.read_json(folder, name, "scheduler/scheduler_config.json"), parts)
-        return family(name, folder, licence, parts, schedule, engine)
+        made = family(name, folder, licence, parts, schedule, engine)
+        if decoder:
+            made.decoder = folders.load_decoder(name, decoder, dtype).to("cpu" if offload else device)
+        return made
 
     @staticmethod
     def trajectory(config: dict[str, Any], parts: dict[str, Any]) -> Schedule:
@@ -198,22 +210,34 @@ class Backbone:
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents of pictures, uint8 [n, height, width, 3] -> float32 [n, c, h, w] each."""
         image = pixels.to(self.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
-        posterior = self.vae.encode(image).latent_dist
+        with self._at_work(self.vae) as vae:
+            posterior = vae.encode(image).latent_dist
         scale = self.vae.config.scaling_factor
-        return (posterior.mean.float() - self._shift) * scale, posterior.std.float() * scale
+        shift = float(self.vae.config.get("shift_factor") or 0.0)
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def picture(self, latents: Tensor) -> Tensor:
         """Latents [n, c, h, w] -> float32 [n, 3, height, width] around -1..1, with gradient if `latents` have one."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
+        about, dtype = self.decoder.config, self.decoder.dtype
+        scaled = latents.to(dtype) / about.scaling_factor + float(about.get("shift_factor") or 0.0)
         if self._compiled:
             return self._compiled.decode(scaled)
-        decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
+        with self._at_work(self.decoder) as decoder:
+            decoded: Tensor = decoder.decode(scaled, return_dict=False)[0].float()
         return decoded
 
-    @property
-    def _shift(self) -> float:
-        """What the middle of the latents is moved by, where the autoencoder says so."""
-        return float(self.vae.config.get("shift_factor") or 0.0)
+    @contextmanager
+    def _at_work(self, part: Any) -> Iterator[Any]:
+        """The part on the device, for as long as it works there if it rests elsewhere."""
+        rests = part.device
+        if rests == self.device:
+            yield part
+            return
+        part.to(self.device)
+        try:
+            yield part
+        finally:
+            part.to(rests)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -224,7 +248,8 @@ class Backbone:
     @torch.inference_mode()
     def _embed_now(self, prompt: str) -> Tensor:
         tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        states: Tensor = self.text_encoder(tokens.to(self.device))[0]
+        with self._at_work(self.text_encoder) as encoder:
+            states: Tensor = encoder(tokens.to(self.device))[0]
         return states.to(self.dtype)
 
 
@@ -246,7 +271,8 @@ class StableDiffusionXL(Backbone):
         sequences = []
         for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
             tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            answer = encoder(tokens.to(self.device), output_hidden_states=True)
+            with self._at_work(encoder):
+                answer = encoder(tokens.to(self.device), output_hidden_states=True)
             sequences.append(answer.hidden_states[-2])
         sequence, pooled = torch.cat(sequences, dim=-1), answer[0]
         if not prompt and self._empty_is_zero:
@@ -291,10 +317,12 @@ class StableDiffusion3(Backbone):
         *short, (tokenizer, long) = self.readers
         sequences, pooled = [], []
         for reader, encoder in short:
-            answer = encoder(self._tokens(reader, prompt), output_hidden_states=True)
+            with self._at_work(encoder):
+                answer = encoder(self._tokens(reader, prompt), output_hidden_states=True)
             sequences.append(answer.hidden_states[-2])
             pooled.append(answer[0])
-        read = long(self._tokens(tokenizer, prompt, self.reads))[0]
+        with self._at_work(long):
+            read = long(self._tokens(tokenizer, prompt, self.reads))[0]
         joined = torch.cat(sequences, dim=-1)
         joined = nn.functional.pad(joined, (0, read.shape[-1] - joined.shape[-1]))
         return packed(torch.cat([joined, read], dim=1), torch.cat(pooled, dim=-1)).to(self.dtype)
@@ -337,8 +365,11 @@ class Flux(StableDiffusion3):
     def _embed_now(self, prompt: str) -> Tensor:
         """The long encoder's states, and the short one's pooled state."""
         (reader, short), (tokenizer, long) = self.readers
-        pooled = short(self._tokens(reader, prompt)).pooler_output
-        return packed(long(self._tokens(tokenizer, prompt, self.reads))[0], pooled).to(self.dtype)
+        with self._at_work(short):
+            pooled = short(self._tokens(reader, prompt)).pooler_output
+        with self._at_work(long):
+            read = long(self._tokens(tokenizer, prompt, self.reads))[0]
+        return packed(read, pooled).to(self.dtype)
 
     def _call(self, network: Any, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
         width = network.config.pooled_projection_dim

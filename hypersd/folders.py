@@ -77,7 +77,7 @@ class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
     `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which
-    half precision it draws on a GPU.
+    half precision it draws on a GPU. `quick` is a small decoder for its latents, on the hub.
     """
 
     source: str
@@ -85,6 +85,7 @@ class Preset:
     summary: str
     variant: str = ""
     half: str = "float16"
+    quick: str = ""
 
 
 BACKBONES = {
@@ -97,23 +98,27 @@ BACKBONES = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "CreativeML OpenRAIL-M",
         "Stable Diffusion 1.5, 512 px, 4 GB from the Hugging Face hub",
+        quick="madebyollin/taesd",
     ),
     "sdxl": Preset(
         "stabilityai/stable-diffusion-xl-base-1.0",
         "CreativeML OpenRAIL++-M",
         "Stable Diffusion XL, 1024 px, 7 GB from the Hugging Face hub",
         variant="fp16",
+        quick="madebyollin/taesdxl",
     ),
     "sd3": Preset(
         "stabilityai/stable-diffusion-3-medium-diffusers",
         "Stability AI Community License, to be accepted on the hub",
         "Stable Diffusion 3 medium, 1024 px, 16 GB from the Hugging Face hub; for drawing only",
+        quick="madebyollin/taesd3",
     ),
     "flux": Preset(
         "black-forest-labs/FLUX.1-dev",
         "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
         "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
         half="bfloat16",
+        quick="madebyollin/taef1",
     ),
 }
 
@@ -309,6 +314,26 @@ def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -
     if lost := sorted(report["missing_keys"]):  # both libraries would go on with random numbers in their place
         raise ModelError(f"{name}: {part} lacks {len(lost)} tensors such as {lost[0]}; {remedy(name)}")
     return model
+
+
+def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
+    """A small decoder of TAESD's kind (AutoencoderTiny): `place` is "quick", for that of the model's preset, or a folder.
+
+    Raises:
+        ModelError: there is none for this model, it cannot be fetched, or not be read.
+    """
+    from diffusers import AutoencoderTiny
+
+    preset = BACKBONES.get(name)
+    known = preset.quick if preset else ""
+    if place == "quick" and not known:
+        raise ModelError(f"no quick decoder is known for {name}; give the folder of one instead of 'quick'")
+    source = known if place == "quick" else place
+    try:
+        return AutoencoderTiny.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:  # diffusers raises its own, the hub's and the system's errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise ModelError(f"the decoder {source} cannot be loaded ({reason}); leave it out, or give a folder") from error
 
 
 @contextmanager

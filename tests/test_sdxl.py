@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from hypersd import network
@@ -87,10 +89,10 @@ def test_states_hold_all_that_the_network_is_told(backbone: Backbone, pipeline: 
 
 
 def test_an_empty_prompt_is_read_where_the_model_was_made_so(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "model")
-    index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
-    assert Backbone.load(copy).embed([""])[0, :-1].any()
+    copied = shutil.copytree(folder, tmp_path / "model")
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    assert Backbone.load(copied).embed([""])[0, :-1].any()
 
 
 def test_the_decoder_stays_in_full_precision(folder: Path) -> None:
@@ -129,41 +131,41 @@ def test_adapters_of_every_method_draw(folder: Path, backbone: Backbone, tmp_pat
 
 
 def test_the_second_encoder_is_looked_for(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "model")
-    weights = copy / "text_encoder_2" / "model.safetensors"
+    copied = shutil.copytree(folder, tmp_path / "model")
+    weights = copied / "text_encoder_2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ModelError, match=r"text_encoder_2/model\.safetensors is truncated"):
-        Backbone.load(copy)
+        Backbone.load(copied)
     weights.unlink()
     with pytest.raises(ModelError, match=r"text_encoder_2/model\.safetensors is missing"):
-        Backbone.load(copy)
-    shutil.rmtree(copy / "tokenizer_2")
+        Backbone.load(copied)
+    shutil.rmtree(copied / "tokenizer_2")
     with pytest.raises(ModelError, match="tokenizer_2"):
-        Backbone.load(copy)
+        Backbone.load(copied)
 
 
 def test_weights_may_lie_in_shards(folder: Path, backbone: Backbone, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "model")
-    unet = copy / "unet"
+    copied = shutil.copytree(folder, tmp_path / "model")
+    unet = copied / "unet"
     (unet / "diffusion_pytorch_model.safetensors").unlink()
     backbone.unet.save_pretrained(unet, max_shard_size="30KB")
     shards = sorted(unet.glob("diffusion_pytorch_model-*.safetensors"))
     assert len(shards) > 2
-    sharded = Backbone.load(copy)
-    assert sharded.network_sha256 == network_sha256(copy) not in ("", backbone.network_sha256)
+    sharded = Backbone.load(copied)
+    assert sharded.network_sha256 == network_sha256(copied) not in ("", backbone.network_sha256)
     assert draw(sharded, Request("a cat", 1, 1), BASE).pixels == draw(backbone, Request("a cat", 1, 1), BASE).pixels
     shards[1].unlink()
     with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model-00002-of-.* is missing"):
-        Backbone.load(copy)
+        Backbone.load(copied)
 
 
 def test_half_precision_files_are_enough(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "model")
-    for file in list(copy.rglob("*.safetensors")):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    for file in list(copied.rglob("*.safetensors")):
         halved = {name: tensor.half() for name, tensor in load_file(file).items()}
         save_file(halved, file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")), {"format": "pt"})
         file.unlink()
-    assert Backbone.load(copy).network_sha256 == network_sha256(copy) != network_sha256(folder)
+    assert Backbone.load(copied).network_sha256 == network_sha256(copied) != network_sha256(folder)
 
 
 def test_sdxl_at_its_true_size_is_told_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +190,62 @@ def test_sdxl_at_its_true_size_is_told_as_much(monkeypatch: pytest.MonkeyPatch) 
         roles = Roles(unet)
         student = roles.add("student", rank=64)
     assert sum(p.numel() for p in student.parameters()) > 100_000_000
+
+
+# ----------------------------------------------------------------------------------------- with little memory
+
+
+def test_a_quick_decoder_draws_what_the_stock_pipeline_draws_with_it(
+    folder: Path, pipeline: StableDiffusionXLPipeline, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    AutoencoderTiny(
+        latent_channels=4, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(tmp_path / "quick")  # fmt: skip
+    backbone = Backbone.load(folder, decoder=str(tmp_path / "quick"))
+    stock = copy.copy(pipeline)
+    stock.register_modules(vae=AutoencoderTiny.from_pretrained(tmp_path / "quick"))
+    theirs = stock("a cat", num_inference_steps=2, guidance_scale=1.0, height=64, width=64,
+                   generator=torch.Generator().manual_seed(3)).images[0]  # fmt: skip
+    ours = np.asarray(to_image(draw(backbone, Request("a cat", 3, 2, 1.0), BASE))).astype(int)
+    assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1 and ours.std() > 1
+    assert backbone.encode(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0].shape == (1, 4, 8, 8)  # by the large one
+
+
+@pytest.mark.parametrize(
+    ("decoder", "sentence"),
+    [("quick", "no quick decoder is known for tiny-xl"), ("/nowhere", "the decoder /nowhere cannot be loaded")],
+)
+def test_a_decoder_that_is_not_there_is_told(folder: Path, decoder: str, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        Backbone.load(folder, decoder=decoder)
+
+
+class Resting:
+    """A part that says it lies on another device, and writes down where it is sent. There is no GPU here."""
+
+    device = torch.device("meta")
+
+    def __init__(self, part: Any, name: str, moves: list[str]) -> None:
+        self.part, self.name, self.moves = part, name, moves
+
+    def to(self, place: Any) -> None:
+        self.moves.append(f"{self.name} to {place}")
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.part(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+
+def test_what_rests_elsewhere_comes_and_goes(folder: Path, backbone: Backbone) -> None:
+    resting, moves = Backbone.load(folder, offload=True), list[str]()
+    assert isinstance(resting, StableDiffusionXL)
+    resting.text_encoder = Resting(resting.text_encoder, "text", moves)
+    resting.text_encoder_2 = Resting(resting.text_encoder_2, "text 2", moves)
+    resting.decoder = Resting(resting.vae, "decoder", moves)
+    panel = draw(resting, Request("a cat", 3, 2, 1.0), BASE)
+    assert panel.pixels == draw(backbone, Request("a cat", 3, 2, 1.0), BASE).pixels
+    assert moves == [f"{part} to {place}" for part in ("text", "text 2", "decoder") for place in ("cpu", "meta")]
