@@ -317,7 +317,7 @@ def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -
 
 
 def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
-    """A small decoder of TAESD's kind (AutoencoderTiny): `place` is "quick", for that of the model's preset, or a folder.
+    """A small decoder of TAESD's kind (AutoencoderTiny): `place` is "quick", for the preset's, or a folder.
 
     Raises:
         ModelError: there is none for this model, it cannot be fetched, or not be read.
