@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from hypersd import hosting, pool, ui
+from hypersd import hosting, pool, safety, ui
 from hypersd.engine import Engine
 from hypersd.methods import installed
 
@@ -14,16 +14,25 @@ NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPE
 
 
 def load() -> Any:
-    from hypersd.backbone import Backbone, best_device
+    from hypersd.backbone import Backbone
 
-    device, dtype = best_device()
-    return Backbone.load(NAME, device=device, dtype=dtype, engine=ENGINE)
+    where, dtype = device()
+    return Backbone.load(NAME, device=where, dtype=dtype, engine=ENGINE)
+
+
+def device() -> tuple[str, Any]:
+    from hypersd.backbone import best_device
+
+    return best_device()
 
 
 if __name__ == "__main__":
     methods = installed(NAME)
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
-    engine = Engine(load, methods, on_gpu)
+    filter = safety.of(NAME, (lambda: ("cpu", None)) if on_gpu else device)  # lent for drawing only
+    engine = Engine(load, methods, on_gpu, filter=filter)
+    if on_gpu:
+        engine.load_now()
     front = pool.Shared(engine)
     study = pool.prepare(front, methods)
     demo = ui.build(front, methods, pool=study)

@@ -18,7 +18,7 @@ ROWS = [
     "pictures schedule metrics quality intervals",
     "solvers",
     "checkpoint muon adapters scores",
-    "train data",
+    "train data safety",
     "compiled roles adversary releases",
     "backbone",
     "methods",
