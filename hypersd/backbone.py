@@ -76,6 +76,8 @@ class Backbone:
     nobody else. A family with other parts brings its own class with these methods.
     """
 
+    spares_memory = False  # whether it has been told to
+
     def __init__(
         self,
         name: str,
@@ -208,6 +210,20 @@ class Backbone:
         network = self._wearing(*key)
         output = network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
+
+    def spare_memory(self) -> None:
+        """Take less of the GPU's memory from now on: drop what was merged with adapters, decode in tiles.
+
+        Tiles are a quarter of a picture, blended where they overlap; decoding them takes the most memory of a drawing.
+        Attention is not sliced: torch's own never holds the matrix that slices are for.
+        """
+        self._wearing.cache_clear()
+        if not self.spares_memory:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size //= 2  # which is a whole picture
+            self.vae.tile_latent_min_size //= 2
+            self.spares_memory = True
+        torch.cuda.empty_cache()
 
     @torch.inference_mode(False)  # it is kept, and may be trained through after it was drawn with
     @torch.no_grad()
