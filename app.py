@@ -7,6 +7,7 @@ import signal
 from typing import Any
 
 from hypersd import hosting, pool, safety, ui
+from hypersd.__main__ import main
 from hypersd.engine import Engine
 from hypersd.methods import installed
 
@@ -27,6 +28,8 @@ def device() -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
+    if wanted := os.environ.get("HYPERSD_FETCH"):  # a Space begins with an empty disk
+        main(["fetch", NAME, *wanted.split(",")])
     methods = installed(NAME)
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
     filter = safety.of(NAME, (lambda: ("cpu", None)) if on_gpu else device)  # lent for drawing only

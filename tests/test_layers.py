@@ -24,7 +24,7 @@ ROWS = [
     "methods",
     "generate sweep",
     "distill",
-    "plan bench hosting",
+    "plan bench hosting space",
     "throughput",
     "emoji",
     "evaluate",
