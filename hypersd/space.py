@@ -68,10 +68,10 @@ def next_steps(folder: Path, backbone: str = "emoji") -> str:
 Try it here:  cd {folder} && python app.py
 
 Upload it (YOU is your name on huggingface.co; `hf auth login` first):
-  hf repo create YOU/hypersd --repo-type space --space-sdk gradio
-  hf upload YOU/hypersd {folder} . --repo-type space
+  hf repos create YOU/hypersd --type space --space-sdk gradio
+  hf upload YOU/hypersd {folder} . --type space
 or by git, with git-lfs installed: clone the Space, copy the folder's files into it, `git add -A`, commit, push.
-Then choose the hardware in the Space's settings: CPU for emoji, ZeroGPU or a GPU of its own for other models.
+Then choose the hardware in the Space's settings: a CPU for emoji, ZeroGPU or a GPU of its own for other models.
 
 Variables and secrets, in the Space's settings:
   HYPERSD_MIRROR  hf://datasets/YOU/votes, a private data set; without it votes are lost at every restart
@@ -118,7 +118,7 @@ def _app(backbone: str, fetched: list[str]) -> str:
     text = (ROOT / "app.py").read_text(encoding="utf-8")
     before, found, after = text.partition(PLACE)
     settings = {"HYPERSD_BACKBONE": backbone, "HYPERSD_FETCH": ",".join(fetched)}
-    lines = "".join(f'os.environ.setdefault("{name}", "{value}")\n' for name, value in settings.items())
+    lines = "".join(f'os.environ.setdefault("{name}", "{value}")\n' for name, value in settings.items() if value)
     if not found:
         raise RuntimeError(f"app.py has no line that begins with {PLACE!r}")
     return before + lines + found + after

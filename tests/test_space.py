@@ -49,6 +49,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_holds_what_the_app_needs_and_nothing_else(emoji: Path) -> None:
     found = listed(emoji)
     assert [name for name in found if not ALLOWED.fullmatch(name)] == []
+    assert "FETCH" not in (emoji / "app.py").read_text().partition("NAME, ENGINE")[0], "its adapters are in assets"
     assert {name for name in files() if name.startswith("hypersd/")} <= set(found)
     assert not [name for name in found if "__pycache__" in name or name.startswith("tests/")]
 
@@ -93,6 +94,9 @@ def test_another_base_model_takes_no_weights_along(tmp_path: Path, capsys: pytes
     assert isinstance(models, list) and set(models) == {release.repository for release in releases.of("sd15")}
     said = capsys.readouterr().out
     assert re.search(rf"{out}: \d+ files, \d+ MB", said)
+    for command in re.findall(r"^  (hf [\w ]+?) YOU", said, flags=re.MULTILINE):
+        hf = Path(sys.executable).with_name("hf")
+        subprocess.run([hf, *command.split()[1:], "--help"], check=True, capture_output=True)
     for word in ("hf upload", "HF_TOKEN", "HYPERSD_MIRROR", "HYPERSD_SAFETY", "git-lfs", "licences"):
         assert word in said
 
