@@ -6,7 +6,8 @@ import os
 import signal
 from typing import Any
 
-from hypersd import hosting, pool, ui
+from hypersd import hosting, pool, safety, ui
+from hypersd.__main__ import main
 from hypersd.engine import Engine
 from hypersd.methods import installed
 
@@ -14,16 +15,28 @@ NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPE
 
 
 def load() -> Any:
-    from hypersd.backbone import Backbone, best_device
+    from hypersd.backbone import Backbone
 
-    device, dtype = best_device(NAME)
-    return Backbone.load(NAME, device=device, dtype=dtype, engine=ENGINE)
+    where, dtype = device()
+    decoder, offload = os.environ.get("HYPERSD_DECODER", ""), os.environ.get("HYPERSD_OFFLOAD", "") == "1"
+    return Backbone.load(NAME, device=where, dtype=dtype, engine=ENGINE, decoder=decoder, offload=offload)
+
+
+def device() -> tuple[str, Any]:
+    from hypersd.backbone import best_device
+
+    return best_device(NAME)
 
 
 if __name__ == "__main__":
+    if wanted := os.environ.get("HYPERSD_FETCH"):  # a Space begins with an empty disk
+        main(["fetch", NAME, *wanted.split(",")])
     methods = installed(NAME)
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
-    engine = Engine(load, methods, on_gpu)
+    filter = safety.of(NAME, (lambda: ("cpu", None)) if on_gpu else device)  # lent for drawing only
+    engine = Engine(load, methods, on_gpu, filter=filter)
+    if on_gpu:
+        engine.load_now()
     front = pool.Shared(engine)
     study = pool.prepare(front, methods)
     demo = ui.build(front, methods, pool=study)

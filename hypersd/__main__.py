@@ -120,6 +120,19 @@ def fetch_command(given: argparse.Namespace) -> None:
         print(f"{releases.fetch(release, base, out, get).path}: {release.licence}", flush=True)
 
 
+def space_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="a folder that is empty or not there")
+    parser.add_argument("--backbone", default="emoji", help="emoji or sd15 (default: %(default)s)")
+    parser.add_argument("--with", dest="methods", help="published adapters, with commas (default: all there are)")
+
+
+def space_command(given: argparse.Namespace) -> None:
+    from hypersd.space import lay_out
+
+    space = lay_out(Path(given.out), given.backbone, given.methods)
+    print(f"{given.out}: {space.files} files, {space.size / 1e6:.0f} MB\n\n{space.next_steps}", end="")
+
+
 def emoji_arguments(parser: argparse.ArgumentParser) -> None:
     from hypersd.emoji import PARTS
 
@@ -387,6 +400,7 @@ COMMANDS = {
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
+    "space": Command("lay out the folder of a Hugging Face Space", space_arguments, space_command),
     "study": Command("look after the blind study", study_arguments, study_command),
 }
 

@@ -40,6 +40,7 @@ class Backbone:
     denoiser = "unet"  # the part that is one
     trainable = True
     tells_guidance = False  # whether the network is told the scale of guidance, instead of being called twice
+    spares_memory = False  # whether it has been told to
 
     def __init__(
         self, name: str, folder: Path, licence: str, parts: dict[str, Any], schedule: Schedule, engine: str = "torch"
@@ -53,6 +54,7 @@ class Backbone:
         if self.vae.config.get("force_upcast") and self.vae.dtype == torch.float16:
             self.vae.float()  # it overflows in half precision
         self.decoder = self.vae  # or a quicker one
+        self.parts = [part for part in parts.values() if isinstance(part, nn.Module)]
         self.device: torch.device = self.unet.device
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_shape: tuple[int, int, int] = self._latent_shape()
@@ -175,6 +177,20 @@ class Backbone:
 
     def _call(self, network: Any, x_t: Tensor, t: int | Tensor, states: Tensor) -> Tensor:
         return call(network, x_t, t, states)
+
+    def spare_memory(self) -> None:
+        """Take less of the GPU's memory from now on: fewer merged copies, decode in tiles.
+
+        Tiles are a quarter of a picture, blended where they overlap; decoding them takes the most memory of a drawing.
+        Attention is not sliced: torch's own never holds the matrix that slices are for.
+        """
+        self.wardrobe.spare()
+        if not self.spares_memory:
+            self.decoder.enable_tiling()
+            self.decoder.tile_sample_min_size //= 2  # which is a whole picture
+            self.decoder.tile_latent_min_size //= 2
+            self.spares_memory = True
+        torch.cuda.empty_cache()
 
     @torch.inference_mode(False)  # what is merged is kept, and may be trained through after it was drawn with
     @torch.no_grad()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from hypersd.records import InputError, Panel, Request, digest
+from hypersd.safety import Filter
 from hypersd.sweep import MethodRow, Pace, allowed_steps, spans
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Engine:
         methods: the table of methods by name.
         draw: (backbone, request, method, on_step=) -> Panel, as `generate.draw`, which is the default.
         keep_bytes: how much memory finished panels may take.
+        filter: has to see every picture before anybody else does; None where the app is not public.
     """
 
     def __init__(
@@ -97,10 +99,11 @@ class Engine:
         methods: Mapping[str, MethodRow],
         draw: Callable[..., Panel] | None = None,
         keep_bytes: int = 64 << 20,
+        filter: Filter | None = None,
     ) -> None:
         self.methods = methods
         self.pace = Pace()
-        self._load, self._draw = load, draw
+        self._load, self._draw, self._filter = load, draw, filter
         self._backbone: Any = None
         self._turn = threading.Lock()  # held while loading and while drawing: visitors queue instead of sharing cores
         self._shelf: Shelf[Drawing] = Shelf(keep_bytes)
@@ -108,6 +111,19 @@ class Engine:
     @property
     def ready(self) -> bool:
         return self._backbone is not None
+
+    def load_now(self) -> None:
+        """Load the weights in this thread, before the app is served; a failure is told of in the log and tried again.
+
+        Lent GPUs want it: their stand-in for CUDA is there for the main thread alone, and takes the files of the
+        weights away when the app opens, so they are hashed here.
+        """
+        try:
+            with self._turn:
+                self._backbone = self._loaded()
+            log.info("%s %s", self._backbone.sha256, self._backbone.network_sha256)
+        except InputError as problem:
+            log.warning("the weights: %s", problem)
 
     def warm_up(self, request: Request | None = None) -> threading.Thread:
         """Start a thread that loads the weights and draws once, so that the first click finds everything in place."""
@@ -127,11 +143,14 @@ class Engine:
         """Draw, or hand out the panel of an equal earlier request.
 
         Raises:
-            InputError: an unknown method, a request it does not allow, or weights that cannot be read.
+            InputError: an unknown method, a request it does not allow, weights that cannot be read, or a picture that
+                is not to be shown.
             Stopped: `watch.stop()` was true while waiting or at a step.
         """
         row = self._row(method)
         row.check(request)
+        if self._filter:
+            self._filter.check(request.prompt)
         if self.ready and (found := self._found(request, row, watch)):
             return found
         if not self.ready:
@@ -141,6 +160,8 @@ class Engine:
                 self._backbone = self._loaded()
             if found := self._found(request, row, watch):  # drawn by somebody else while we waited
                 return found
+            if self._filter:
+                self._filter.prepare()  # before the work, which would be lost without it
             drawing = self._drawn(request, row, watch)
             self.pace.note(drawing.panel)
             self._shelf.put(self._key(request, row), drawing)
@@ -183,7 +204,10 @@ class Engine:
             watch.progress(Progress(info.index + 1, info.total))
 
         panel = self._painter()(self._backbone, request, row, on_step=on_step)
-        return Drawing(panel, tuple(_decoded(steps, watch)), unread=self._backbone.truncated(request.prompt))
+        trail = tuple(_decoded(steps, watch))
+        if self._filter:
+            self._filter.look([panel.pixels, *trail], panel.width, panel.height)
+        return Drawing(panel, trail, unread=self._backbone.truncated(request.prompt))
 
     def _painter(self) -> Callable[..., Panel]:
         if self._draw is None:

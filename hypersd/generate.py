@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +16,10 @@ from hypersd import __version__
 from hypersd.backbone import Backbone
 from hypersd.folders import ModelError
 from hypersd.methods import Method
-from hypersd.records import FINAL, Panel, Request
+from hypersd.records import FINAL, InputError, Panel, Request
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,9 @@ class StepInfo:
         return self.decode(self.x0)
 
 
+OnStep = Callable[[StepInfo], None] | None
+
+
 class Latents(NamedTuple):
     """Where a drawing ended: clean latents [1, c, h, w], hash of the noise it began with, network passes it took."""
 
@@ -42,29 +50,21 @@ class Latents(NamedTuple):
     nfe: int
 
 
-def draw(
-    backbone: Backbone, request: Request, method: Method, *, on_step: Callable[[StepInfo], None] | None = None
-) -> Panel:
+def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnStep = None) -> Panel:
     """One picture. The same request gives the same pixels every time on the same machine.
 
-    `on_step` is called after every step; whatever it raises ends the drawing and reaches the caller.
+    `on_step` is called after every step; whatever it raises ends the drawing and reaches the caller. Where the GPU's
+    memory does not suffice, the drawing is begun again with less of it, and stays so for the next ones.
 
     Raises:
-        InputError: the method was not made for so many steps.
+        InputError: the method was not made for so many steps, or the GPU has too little memory even so.
         ModelError: the weights are damaged.
     """
     method.check(request)
     adapter = method.adapter(request.steps)
     base_sha256 = backbone.sha256  # hashed once per model, outside the time that is reported
     started = time.perf_counter()
-    with torch.inference_mode():
-        latents = denoise(backbone, request, method, on_step=on_step)
-        if not latents.x.isfinite().all():
-            raise ModelError(
-                f"{backbone.name}: the network answered with numbers that are not finite; "
-                "its weights are damaged, copy the model's folder again from where it came"
-            )
-        pixels = backbone.decode(latents.x)[0]
+    latents, pixels = _within_memory(backbone, on_step, lambda tell: _painted(backbone, request, method, tell))
     seconds = time.perf_counter() - started
     return Panel(
         pixels=pixels.numpy().tobytes(),
@@ -89,13 +89,49 @@ def draw(
     )
 
 
+def _painted(backbone: Backbone, request: Request, method: Method, on_step: OnStep) -> tuple[Latents, Tensor]:
+    """Latents, and pixels [height, width, 3]."""
+    with torch.inference_mode():
+        latents = denoise(backbone, request, method, on_step=on_step)
+        if not latents.x.isfinite().all():
+            raise ModelError(
+                f"{backbone.name}: the network answered with numbers that are not finite; "
+                "its weights are damaged, copy the model's folder again from where it came"
+            )
+        return latents, backbone.decode(latents.x)[0]
+
+
+def _within_memory(backbone: Backbone, on_step: OnStep, paint: Callable[[OnStep], T]) -> T:
+    """What `paint` returns, at the second try if the first found too little memory on the GPU. A step is told once."""
+    told = 0
+
+    def tell(step: StepInfo) -> None:
+        nonlocal told
+        if step.index >= told:
+            told += 1
+            if on_step is not None:
+                on_step(step)
+
+    with suppress(torch.cuda.OutOfMemoryError):  # outside of which nothing holds the first try's tensors any more
+        return paint(tell)
+    log.warning("%s: the GPU's memory is full; drawing again with less of it", backbone.name)
+    backbone.spare_memory()
+    try:
+        return paint(tell)
+    except torch.cuda.OutOfMemoryError as problem:
+        raise InputError(
+            f"the GPU has too little memory for {backbone.name}; end other programs on it, choose a smaller model, or "
+            "hide the GPU to draw on the CPU: CUDA_VISIBLE_DEVICES= python app.py"
+        ) from problem
+
+
 def denoise(
     backbone: Backbone,
     request: Request,
     method: Method,
     *,
     start: int | None = None,
-    on_step: Callable[[StepInfo], None] | None = None,
+    on_step: OnStep = None,
 ) -> Latents:
     """From the request's noise to clean latents. Differentiable; `draw` wraps it in inference mode.
 
@@ -141,9 +177,9 @@ def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
 
 
 def _arithmetic(backbone: Backbone) -> str:
-    """Such as "float32"; with the engine's name behind it where it was not torch that computed."""
+    """Such as "float32"; what else changes the pixels' last bits is behind it: an engine's name, decoding in tiles."""
     dtype = str(backbone.dtype).removeprefix("torch.")
-    return dtype if backbone.engine == "torch" else f"{dtype}, {backbone.engine}"
+    return dtype + f", {backbone.engine}" * (backbone.engine != "torch") + ", tiles" * backbone.spares_memory
 
 
 def _guidance(request: Request, method: Method) -> float:

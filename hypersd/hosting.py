@@ -1,7 +1,14 @@
 """Hugging Face's ZeroGPU: there a drawing borrows a GPU for some seconds; everywhere else nothing here does anything.
 
 A borrowed GPU comes with a process of its own that inherits the model. It is a generator there: each step is told when
-it is made, the panel comes last, and closing the generator ends the drawing at the next step.
+it is made, the panel comes last, and closing the generator ends the drawing at the next step. A `Problem` comes as an
+item too, since the lender brings only Gradio's own errors over; by those it says for itself that a quota is used up.
+
+For how long it is asked: a start, in which the weights travel, and a time for each network call; both grow with the
+weights. In half precision Stable Diffusion 1.5 has 2.1 GB and takes 0.8 TFLOP a call, SDXL 7 GB and 6.8: allowed are
+0.1 s and 0.3 s, a rate of 8 and 24 TFLOP/s, a third or less of what half a card should do. Nobody has measured it on
+ZeroGPU. Too little ends a drawing half-way; too much is refused to visitors with less left of their day's minutes,
+which the lender counts 1.5 times on its present cards.
 """
 
 from __future__ import annotations
@@ -11,14 +18,15 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hypersd.records import Panel, Request
+from hypersd.records import InputError, Panel, Problem, Request
 from hypersd.sweep import MethodRow, calls
 
-SECONDS, SECONDS_A_CALL, SECONDS_MAX = 5.0, 0.1, 60  # asked for generously: visitors have a few minutes a day
+SECONDS, SECONDS_A_CALL, SECONDS_MAX = 5.0, 0.1, 60
+SECONDS_A_GB, SECONDS_A_GB_AND_CALL = 1.0, 0.04  # of weights in memory
 
 
 @dataclass
@@ -54,11 +62,14 @@ def gpu_draw(
         return None
     model: list[Any] = []  # read by the borrowed process, which is forked when it is full
 
-    def painted(request: Request, name: str) -> Generator[Made | list[Any] | Panel, None, None]:
-        yield from _told(lambda tell: (paint or _generate())(model[0], request, methods[name], on_step=tell))
+    def painted(request: Request, name: str) -> Generator[Made | list[Any] | Panel | Problem, None, None]:
+        try:
+            yield from _told(lambda tell: (paint or _generate())(model[0], request, methods[name], on_step=tell))
+        except Problem as problem:
+            yield problem
 
     def seconds(request: Request, name: str) -> int:
-        return min(SECONDS_MAX, math.ceil(SECONDS + SECONDS_A_CALL * calls(request, methods[name])))
+        return borrowed_seconds(calls(request, methods[name]), _gigabytes(model[0]))
 
     lent = lender.GPU(painted, duration=seconds)
     if lent is painted:  # the package is there, but this is not ZeroGPU
@@ -67,8 +78,10 @@ def gpu_draw(
     def draw(backbone: Any, request: Request, method: MethodRow, *, on_step: Any = None) -> Panel:
         model[:] = [backbone]
         made: list[Made] = []
-        with closing(lent(request, method.name)) as told:  # closed when `on_step` raises, which is how a stop comes
+        with _refusals(), closing(lent(request, method.name)) as told:  # closed when `on_step` raises: so a stop comes
             for item in told:
+                if isinstance(item, Problem):
+                    raise item
                 if isinstance(item, Panel):
                     return item
                 if isinstance(item, Made):
@@ -81,6 +94,29 @@ def gpu_draw(
         raise RuntimeError("the borrowed GPU gave no picture")
 
     return draw
+
+
+def borrowed_seconds(calls: int, gigabytes: float) -> int:
+    """For how long a GPU is asked for: `calls` network calls of a model whose weights take so many GB in memory."""
+    a_call = max(SECONDS_A_CALL, SECONDS_A_GB_AND_CALL * gigabytes)
+    return min(SECONDS_MAX, math.ceil(SECONDS + SECONDS_A_GB * gigabytes + a_call * calls))
+
+
+def _gigabytes(backbone: Any) -> float:
+    return sum(weight.numel() * weight.element_size() for part in backbone.parts for weight in part.parameters()) / 1e9
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """The lender's own sentences, such as that a quota is used up, are for the visitor; a fault's name is not."""
+    import gradio as gr
+
+    try:
+        yield
+    except gr.Error as refusal:
+        if " " in str(refusal.message):
+            raise InputError(f"No GPU can be borrowed: {refusal.message}") from refusal
+        raise RuntimeError("the borrowed GPU gave no picture") from refusal
 
 
 def _told(paint: Callable[[Callable[[Any], None]], Panel]) -> Iterator[Made | list[Any] | Panel]:

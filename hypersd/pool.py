@@ -18,6 +18,7 @@ from pathlib import Path
 from hypersd import pictures
 from hypersd.engine import BROKEN, UNWATCHED, Draw, Drawing, Stopped, Watch
 from hypersd.records import InputError, Item, Panel, Problem, Request
+from hypersd.safety import Held
 from hypersd.study.ballots import Desk, items_of
 from hypersd.study.command import FOLDER
 from hypersd.study.definition import FILE, Study, load, steps_of
@@ -172,7 +173,10 @@ class Pool:
 
     def _keep(self, place: Place) -> Item:
         arm, prompt, seed = place
-        panel = self.draw(Request(prompt, seed, steps_of(arm)), arm.rpartition("@")[0])
+        try:
+            panel = self.draw(Request(prompt, seed, steps_of(arm)), arm.rpartition("@")[0])
+        except Held as problem:
+            raise Held(f"{arm}, {prompt!r}, seed {seed}: {problem}") from problem
         item, file = Item.of(panel), self.folder / f"{panel.pixels_sha256}.png"
         if not file.exists():
             unfinished = file.with_suffix(".partial")

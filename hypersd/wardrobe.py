@@ -75,6 +75,11 @@ class Wardrobe:
         self._copies[key] = fused(self.network, tensors, scale)
         return self._copies[key]
 
+    def spare(self) -> None:
+        """Memory turned out to be short: drop the copies, and leave twice as much free from now on."""
+        self._copies.clear()
+        self.reserve = max(2 * self.reserve, GIGABYTE)
+
     def bare(self) -> Any:
         """The network without an adapter."""
         for name, weight in self._untouched.items():

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from hypersd import __version__
+from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.folders import ModelError
 from hypersd.generate import StepInfo, denoise, draw
-from hypersd.methods import METHODS
+from hypersd.methods import METHODS, discover
 from hypersd.pictures import to_image
 from hypersd.records import InputError, Request
 
@@ -178,3 +181,53 @@ def test_damaged_weights_are_an_error_and_not_a_black_picture(tiny_folder: Path)
     backbone.unet.conv_out.bias[0] = float("nan")
     with pytest.raises(ModelError, match="numbers that are not finite"):
         draw(backbone, CAT, BASE)
+
+
+@pytest.fixture
+def crowded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], Backbone]:
+    """A model whose network finds the GPU full at the calls with these numbers."""
+
+    def model(full: set[int]) -> Backbone:
+        backbone, calls, network = Backbone.load(tiny_folder), itertools.count(), UNet2DConditionModel.forward
+
+        def forward(self: UNet2DConditionModel, *inputs: Tensor, **more: object) -> object:
+            if next(calls) in full:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return network(self, *inputs, **more)
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+        return backbone
+
+    return model
+
+
+def test_a_full_gpu_is_tried_again_with_less_memory(
+    crowded: Callable[[set[int]], Backbone], tiny_backbone: Backbone
+) -> None:
+    backbone, steps, sizes = crowded({2}), [], []
+    backbone.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
+    panel = draw(backbone, CAT, BASE, on_step=lambda step: steps.append((step.index, step.x0)))
+    assert [index for index, _ in steps] == [0, 1, 2, 3], "each step is told once"
+    assert panel.dtype == "float32, tiles"
+    assert len(sizes) > 1 and max(sizes) == (2, 2), "a picture of 4 x 4 latents is decoded in parts"
+    kept: list[Tensor] = []
+    draw(tiny_backbone, CAT, BASE, on_step=lambda step: kept.append(step.x0))
+    assert all(torch.equal(x0, other) for (_, x0), other in zip(steps, kept, strict=True))
+    assert draw(backbone, CAT, BASE).pixels == panel.pixels, "and the next ones are drawn so from the start"
+
+
+def test_a_gpu_that_stays_full_is_told_of(crowded: Callable[[set[int]], Backbone]) -> None:
+    with pytest.raises(InputError, match="the GPU has too little memory for tiny; end other programs on it"):
+        draw(crowded(set(range(9))), CAT, BASE)
+
+
+def test_sparing_memory_forgets_merged_networks(tiny_folder: Path, tiny_adapters: Sequence[AdapterFile]) -> None:
+    backbone = Backbone.load(tiny_folder)
+    lcm = discover(tiny_adapters, backbone.network_sha256)["lcm"]
+    draw(backbone, CAT, lcm)
+    assert backbone.wardrobe.copies == 1
+    backbone.spare_memory()
+    assert backbone.wardrobe.copies == 0
+    tile = backbone.vae.tile_latent_min_size
+    backbone.spare_memory()
+    assert backbone.vae.tile_latent_min_size == tile, "asked twice, tiles are not halved twice"

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from rows import METHODS
 from samples import panel
 
 from hypersd.engine import Engine, Progress, Stopped, Watch
-from hypersd.hosting import SECONDS_MAX, gpu_draw
+from hypersd.hosting import SECONDS_MAX, borrowed_seconds, gpu_draw
 from hypersd.records import InputError, Panel, Request
 
 CAT = Request("a cat", 1, 4)
@@ -30,13 +31,19 @@ class Lender:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.carried = 0
+        self.refuses = ""
 
     def GPU(self, task: Callable[..., Any], duration: Callable[..., int]) -> Callable[..., Any]:
         def borrowed(*arguments: Any) -> Iterator[Any]:
             self.asked.append(duration(*arguments))
-            for item in task(*arguments):
-                self.carried += 1
-                yield pickle.loads(pickle.dumps(item))  # noqa: S301 (our own bytes)
+            if self.refuses:
+                raise gr.Error(self.refuses)
+            try:
+                for item in task(*arguments):
+                    self.carried += 1
+                    yield pickle.loads(pickle.dumps(item))  # noqa: S301 (our own bytes)
+            except (ValueError, RuntimeError) as fault:  # of which no more than its class comes over
+                raise gr.Error(type(fault).__name__) from None
 
         return borrowed
 
@@ -49,6 +56,8 @@ def paint(backbone: Any, request: Request, method: Any, *, on_step: Any = None) 
         time.sleep(0.002)
     if request.prompt == "broken":
         raise ValueError("no picture today")
+    if request.prompt == "too much":
+        raise InputError("the GPU has too little memory")
     return panel(method=method.name, steps=request.steps)
 
 
@@ -60,7 +69,7 @@ def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
 
 
 def model() -> Any:
-    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "", steps=[])
+    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "", steps=[], parts=[])
 
 
 def test_each_picture_borrows_a_gpu_for_as_long_as_its_calls_need(lender: Lender) -> None:
@@ -98,8 +107,63 @@ def test_a_stop_ends_the_borrowing_at_the_next_step(lender: Lender) -> None:
 def test_a_fault_over_there_is_a_fault_here(lender: Lender) -> None:
     draw = gpu_draw(METHODS, paint)
     assert draw is not None
-    with pytest.raises(ValueError, match="no picture today"):
+    with pytest.raises(RuntimeError, match="the borrowed GPU gave no picture"):
         draw(model(), Request("broken", 1, 2), METHODS["lcm"])
+
+
+def test_what_a_person_can_mend_is_said_in_full(lender: Lender) -> None:
+    draw = Engine(model, METHODS, gpu_draw(METHODS, paint))
+    with pytest.raises(InputError, match=r"^the GPU has too little memory$"):
+        draw(Request("too much", 1, 2), "lcm")
+    lender.refuses = "You have exceeded your free ZeroGPU quota (9s requested vs. 3s left)."
+    with pytest.raises(InputError, match="No GPU can be borrowed: You have exceeded your free ZeroGPU quota"):
+        draw(CAT, "lcm")
+
+
+@pytest.mark.parametrize(("gigabytes", "calls", "seconds"), [
+    (0.1, 4, 6), (2.1, 4, 8), (2.1, 50, 13), (7.0, 4, 14), (7.0, 50, 26), (7.0, 200, SECONDS_MAX),
+])  # fmt: skip
+def test_larger_models_ask_for_longer(gigabytes: float, calls: int, seconds: int) -> None:
+    assert borrowed_seconds(calls, gigabytes) == seconds
+
+
+def test_the_weights_in_memory_are_counted(lender: Lender) -> None:
+    heavy = torch.nn.Module()
+    heavy.weight = torch.nn.Parameter(torch.empty(3_000_000_000, dtype=torch.float16, device="meta"))
+    large = model()
+    large.unet = heavy
+    draw = gpu_draw(METHODS, paint)
+    assert draw is not None
+    draw(large, CAT, METHODS["lcm"])
+    assert lender.asked == [borrowed_seconds(4, 6.0)]
+
+
+def test_the_weights_load_in_the_thread_that_asks_and_are_hashed(lender: Lender) -> None:
+    """The lender's stand-in for CUDA is there for the main thread alone, and takes the files away later."""
+    seen: list[str] = []
+
+    class Weights:
+        def __init__(self) -> None:
+            seen.append(threading.current_thread().name)
+
+        def __getattr__(self, name: str) -> str:
+            seen.append(name)
+            return name
+
+    engine = Engine(Weights, METHODS, gpu_draw(METHODS, paint))
+    engine.load_now()
+    assert seen == [threading.current_thread().name, "sha256", "network_sha256"]
+    assert engine.ready
+
+
+def test_weights_that_are_not_there_leave_a_page_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def missing() -> Any:
+        raise InputError("sd15: unet is missing")
+
+    engine = Engine(missing, METHODS)
+    engine.load_now()
+    assert not engine.ready
+    assert caplog.messages == ["the weights: sd15: unet is missing"]
 
 
 def test_what_cannot_be_drawn_borrows_nothing(lender: Lender) -> None:
