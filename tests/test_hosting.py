@@ -131,7 +131,7 @@ def test_the_weights_in_memory_are_counted(lender: Lender) -> None:
     heavy = torch.nn.Module()
     heavy.weight = torch.nn.Parameter(torch.empty(3_000_000_000, dtype=torch.float16, device="meta"))
     large = model()
-    large.unet = heavy
+    large.parts = [heavy]
     draw = gpu_draw(METHODS, paint)
     assert draw is not None
     draw(large, CAT, METHODS["lcm"])
