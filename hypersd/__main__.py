@@ -26,7 +26,8 @@ class Command(NamedTuple):
 def draw_arguments(parser: argparse.ArgumentParser) -> None:
     # Numbers arrive as text and are checked by Request, which explains what is allowed better than argparse.
     parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument("--negative-prompt", default="", help="what to stay away from; needs guidance above 1")
+    parser.add_argument("--negative-prompt", default="", help="what to stay away from, by guidance above 1 or --nag")
+    parser.add_argument("--nag", help="how far from it, 1 to 20, where guidance is not above 1 (default: not at all)")
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, or a model's folder (default: %(default)s)")
     parser.add_argument("--method", default="base", help="see `python -m hypersd methods` (default: %(default)s)")
     parser.add_argument("--steps", default=25, help="network steps (default: %(default)s)")
@@ -41,7 +42,7 @@ def draw_command(given: argparse.Namespace) -> None:
     from hypersd.pictures import check_png_path, save_png
 
     request = Request(
-        given.prompt, given.seed, given.steps, given.guidance, given.eta, negative_prompt=given.negative_prompt
+        given.prompt, given.seed, given.steps, given.guidance, given.eta, given.negative_prompt, given.nag
     )
     out = check_png_path(given.out)
     from hypersd import methods

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hypersd import nag
 from hypersd.adapters import AdapterFile, fused, inspect
 from hypersd.adapters import load as load_adapter
 from hypersd.records import InputError
@@ -208,6 +209,20 @@ class Backbone:
         network = self._wearing(*key)
         output = network(x_t.to(self.dtype), t, encoder_hidden_states=states, return_dict=False)[0]
         return output.float()
+
+    @contextmanager
+    def away_from(self, negative: Tensor, scale: float, adapter: AdapterFile | None = None) -> Iterator[None]:
+        """Within, `predict` with this adapter keeps away from a text, given by its states, as nag.py says.
+
+        torch computes the network meanwhile, whatever the engine: a compiled one knows no other attention.
+        """
+        network = self._wearing(*(adapter.path, adapter.sha256) if adapter else (None, ""))
+        compiled, self._compiled = self._compiled, None
+        try:
+            with nag.away_from(network, negative, scale):
+                yield
+        finally:
+            self._compiled = compiled
 
     @torch.inference_mode(False)  # it is kept, and may be trained through after it was drawn with
     @torch.no_grad()

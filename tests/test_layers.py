@@ -17,7 +17,7 @@ ROWS = [
     "records",
     "pictures schedule metrics quality intervals",
     "solvers",
-    "checkpoint muon adapters scores",
+    "checkpoint muon adapters scores nag",
     "train data",
     "compiled roles adversary releases",
     "backbone",
