@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -279,6 +280,19 @@ def network_sha256(folder: Path) -> str:
         return str(listed[weights.relative_to(folder).as_posix()])
     with weights.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named(files: Sequence[AdapterFile], name: str) -> AdapterFile:
+    """The LoRA file of that name, without its ending.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    for file in files:
+        if file.path.stem == name:
+            return file
+    known = ", ".join(file.path.stem for file in files) or "none; train one with: python -m hypersd distill tscd"
+    raise InputError(f"there is no LoRA {name[:60]!r}; choose from {known}")
 
 
 def found(folder: Path) -> tuple[AdapterFile, ...]:
