@@ -587,7 +587,11 @@ def test_a_crowd_gets_its_own_pictures_or_a_clear_busy(demo: gr.Blocks) -> None:
 
     def call(seed: int) -> str:
         base = f"{address(demo)}gradio_api/queue/"
-        asked = {"data": ["a cat", seed, 2, ["lcm"], None, "", False], "fn_index": fn, "session_hash": f"crowd{seed}"}
+        asked = {
+            "data": ["a cat", seed, 2, ["lcm"], None, "", False, None],
+            "fn_index": fn,
+            "session_hash": f"crowd{seed}",
+        }
         joined = requests.post(f"{base}join", json=asked, timeout=30)
         if joined.status_code != 200:
             assert (joined.status_code, "queue is full" in joined.text.lower()) == (503, True)
