@@ -501,7 +501,8 @@ def test_the_ablation_has_its_parts_in_order_and_says_which_are_absent(content: 
 @pytest.mark.parametrize("part", paper.ABLATION, ids=lambda part: part.method)
 def test_each_part_is_made_under_the_name_it_is_looked_for(part: paper.Part, monkeypatch: pytest.MonkeyPatch) -> None:
     for how in part.how:
-        words, ran = how.split(), []
+        words = how.split()
+        ran: list[Any] = []
         monkeypatch.setitem(COMMANDS, words[0], COMMANDS[words[0]]._replace(run=ran.append))
         assert main(words) == 0
         (given,) = ran
