@@ -333,9 +333,9 @@ def refined(backbone: Backbone, parent: AdapterFile, tmp_path: Path, monkeypatch
     return adapters.save(tmp_path / "new-4.safetensors", turned, replace(parent.card, name="tscd-new"))
 
 
-def told(backbone: Backbone, parent: AdapterFile, new: AdapterFile, folder: Path) -> list[str]:
+def told(backbone: Backbone, parent: AdapterFile, new: AdapterFile, folder: Path, prompts: int = 4) -> list[str]:
     settings = loop.Settings(Asked(4), artwork=folder / "none", teacher=2)
-    return list(loop.evaluated(backbone, parent, new, [Warm(), Warm()], PROMPTS[:4], settings, folder))
+    return list(loop.evaluated(backbone, parent, new, [Warm(), Warm()], PROMPTS[:prompts], settings, folder))
 
 
 def test_old_and_new_are_compared_on_the_same_noises(
@@ -364,6 +364,8 @@ def test_old_and_new_are_compared_on_the_same_noises(
 def test_a_lora_that_cannot_be_evaluated_is_there_all_the_same(
     backbone: Backbone, parent: AdapterFile, refined: AdapterFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (line,) = told(backbone, parent, refined, tmp_path, prompts=1)
+    assert "no two prompts are left" in line
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     (line,) = told(backbone, parent, refined, tmp_path)
     assert line.startswith("old and new LoRA were not evaluated: ") and "pip install" in line

@@ -169,6 +169,9 @@ def evaluated(
 
     The report lies in a folder below `folder`; what both rewards say is in it, marked as no independent evidence.
     """
+    if len(prompts) < 2:  # a study of few prompts, on a base without prompts of its own
+        yield "old and new LoRA were not evaluated: no two prompts are left that nothing had looked at"
+        return
     steps = settings.asked.steps
     after, before = Arm(new.card.name, steps), Arm(parent.card.name, steps)
     teacher = Arm(TEACHER, settings.teacher)
