@@ -26,7 +26,8 @@ class Command(NamedTuple):
 def draw_arguments(parser: argparse.ArgumentParser) -> None:
     # Numbers arrive as text and are checked by Request, which explains what is allowed better than argparse.
     parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument("--negative-prompt", default="", help="what to stay away from; needs guidance above 1")
+    parser.add_argument("--negative-prompt", default="", help="what to stay away from, by guidance above 1 or --nag")
+    parser.add_argument("--nag", help="how far from it, 1 to 20, where guidance is not above 1 (default: not at all)")
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--method", default="base", help="see `python -m hypersd methods` (default: %(default)s)")
     parser.add_argument("--steps", default=25, help="network steps (default: %(default)s)")
@@ -41,7 +42,7 @@ def draw_command(given: argparse.Namespace) -> None:
     from hypersd.pictures import check_png_path, save_png
 
     request = Request(
-        given.prompt, given.seed, given.steps, given.guidance, given.eta, negative_prompt=given.negative_prompt
+        given.prompt, given.seed, given.steps, given.guidance, given.eta, given.negative_prompt, given.nag
     )
     out = check_png_path(given.out)
     from hypersd import methods
@@ -153,14 +154,17 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--sets", help="frozen prompt sets, with commas (default: all four)")
     parser.add_argument("--prompts", help="a text file instead, one prompt a line")
-    parser.add_argument("--methods", help="methods, with commas (default: all)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--methods", help="methods, with commas (default: all)")
+    chosen.add_argument("--ablation", action="store_true", help="those parts of Hyper-SD that are there, one by one")
     parser.add_argument("--steps", default="1,2,4,8", help="step counts (default: %(default)s)")
     parser.add_argument("--teacher-steps", help="of the base model, the last one is compared with (default: 25,50)")
     parser.add_argument("--seeds", help="drawings of each prompt (default: 4)")
     parser.add_argument("--limit", help="at most so many prompts a set, spread evenly (default: all)")
     parser.add_argument("--metrics", help="metrics, with commas (default: all)")
     parser.add_argument("--artwork", default="runs/emoji/artwork", help="the real pictures (default: %(default)s)")
-    parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick or -ladder)")
+    parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick, -ablation or "
+                        "-ladder)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="4 prompts a set, 2 drawings, teacher of 25 steps")
     parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="into assets too: what the app and the reports go by")
@@ -175,7 +179,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
     from hypersd import evaluate
     from hypersd.evaluate import ladder, plan
 
-    kind = "-ladder" if given.ladder else "-quick" if given.quick else ""
+    kind = "-ladder" if given.ladder else "-ablation" if given.ablation else "-quick" if given.quick else ""
     out, artwork = Path(given.out or f"runs/evaluate{kind}"), Path(given.artwork)
     if given.ladder:
         limit, seeds = given.limit or (12 if given.quick else 60), given.seeds or 2
@@ -185,7 +189,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
             backbone=given.backbone,
             sets=given.sets,
             file=given.prompts,
-            methods=given.methods,
+            methods=_parts(given.backbone) if given.ablation else given.methods,
             steps=given.steps,
             teacher_steps=given.teacher_steps or ("25" if given.quick else plan.TEACHER_STEPS),
             seeds=given.seeds or (2 if given.quick else 4),
@@ -201,6 +205,18 @@ def evaluate_command(given: argparse.Namespace) -> None:
             from hypersd.bench import publish
 
             publish(out, "report.json", "quality.png")
+
+
+def _parts(backbone: str) -> list[str]:
+    """The parts of the ablation that can draw on a backbone; InputError if there is nothing to hold side by side."""
+    from hypersd.evaluate import paper
+    from hypersd.methods import installed
+
+    there = paper.at_hand(installed(backbone))
+    if len(there) < 2:
+        wanted = ", ".join(part.method for part in paper.ABLATION)
+        raise InputError(f"an ablation needs two of {wanted}, found {there or 'none'}; see python -m hypersd distill")
+    return there
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +263,8 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", default="runs/distill", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
     parser.add_argument("--name", help="of its row in the app (default: the method's)")
+    parser.add_argument("--begin", help="the LoRA to start from, a file's name there, such as tscd-1 (default: the "
+                        "method's own, if it goes on from another)")  # fmt: skip
     parser.add_argument("--guidance", help="the teacher's scale, or a range such as 3-8 (default: the preset's)")
     for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
                          ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
@@ -261,7 +279,7 @@ def distill_command(given: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from hypersd import distill
-    from hypersd.adapters import beside
+    from hypersd.adapters import beside, found, named
     from hypersd.emoji import training
 
     method = distill.find(given.method)
@@ -290,6 +308,7 @@ def distill_command(given: argparse.Namespace) -> None:
         runs,
         out,
         name=given.name,
+        begin=named(found(out), given.begin) if given.begin else None,
         minutes=given.minutes,
     )
     for file in files:

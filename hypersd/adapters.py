@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -325,6 +326,19 @@ def beside(backbone: str) -> tuple[Path, Path]:
     if here.is_dir():
         return here, assets / f"{backbone}-lora"
     return local, local / "lora" if local.is_dir() else Path("runs/lora") / local.name
+
+
+def named(files: Sequence[AdapterFile], name: str) -> AdapterFile:
+    """The LoRA file of that name, without its ending.
+
+    Raises:
+        InputError: there is none; says which there are.
+    """
+    for file in files:
+        if file.path.stem == name:
+            return file
+    known = ", ".join(file.path.stem for file in files) or "none; train one with: python -m hypersd distill tscd"
+    raise InputError(f"there is no LoRA {name[:60]!r}; choose from {known}")
 
 
 def found(folder: Path) -> tuple[AdapterFile, ...]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hypersd import folders
+from hypersd import folders, nag
 from hypersd.adapters import AdapterFile, fused, inspect
 from hypersd.adapters import load as load_adapter
 from hypersd.folders import ModelError
-from hypersd.network import call, packed
+from hypersd.network import call, conditions, packed
 from hypersd.records import InputError
 from hypersd.schedule import FlowSchedule, Schedule
 from hypersd.wardrobe import GIGABYTE, Wardrobe
@@ -191,6 +191,25 @@ class Backbone:
             self.decoder.tile_latent_min_size //= 2
             self.spares_memory = True
         torch.cuda.empty_cache()
+
+    @contextmanager
+    def away_from(self, negative: Tensor, scale: float, adapter: AdapterFile | None = None) -> Iterator[None]:
+        """Within, `predict` with this adapter keeps away from a text, given by its states, as nag.py says.
+
+        torch computes the network meanwhile, whatever the engine: a compiled one knows no other attention.
+
+        Raises:
+            InputError: the network is no UNet.
+        """
+        if self.denoiser != "unet":
+            raise InputError(f"nag leads UNets away from a negative prompt, not {self.name}; leave nag out")
+        worn = self._worn(adapter)
+        compiled, self._compiled = self._compiled, None
+        try:
+            with nag.away_from(worn, conditions(worn, negative)["encoder_hidden_states"], scale):
+                yield
+        finally:
+            self._compiled = compiled
 
     @torch.inference_mode(False)  # what is merged is kept, and may be trained through after it was drawn with
     @torch.no_grad()

@@ -137,6 +137,10 @@ class Distillation:
 
     def start_from(self, file: adapters.AdapterFile) -> None:
         """Begin with the LoRA of an earlier stage, or of anybody. Raises InputError if it does not fit this base."""
+        if file.card.base_sha256 != self.backbone.network_sha256:
+            raise InputError(
+                f"{file.path.name} was trained on another base than {self.backbone.name}; choose one of it"
+            )
         for role in ("student", "ema"):
             self.roles[role].load_adapter(adapters.load(file.path))
         self.start_sha256 = file.sha256
@@ -357,6 +361,7 @@ def run(
     out: Path,
     *,
     name: str | None = None,
+    begin: adapters.AdapterFile | None = None,
     minutes: float | None = None,
 ) -> list[adapters.AdapterFile]:
     """Train every stage of a method that has no file in `out` yet, each from the one before.
@@ -366,6 +371,7 @@ def run(
         open_data: captioned latents for it.
         runs: folder of the runs, one below it a stage; the same call goes on where it was stopped.
         out: where the LoRA files go; `name`, the method's own if not given, is their row in the app.
+        begin: the LoRA that the first stage starts from; by default of the method that this one goes on from.
         minutes: stop after so long, of all stages together.
 
     Raises:
@@ -383,7 +389,7 @@ def run(
         backbone = load()
         data = check_data(open_data(backbone), recipe)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
-        if first := files[-1] if files else _beginning(method, out):
+        if first := files[-1] if files else begin or _beginning(method, out):
             objective.start_from(first)
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
         file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -83,9 +83,10 @@ def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnSte
         nfe=latents.nfe,
         guidance=_guidance(request, method),
         eta=_eta(request, method),
-        dtype=_arithmetic(backbone),
+        dtype=_arithmetic(backbone, _nag(request, method)),
         seconds=seconds,
         version=__version__,
+        nag=_nag(request, method),
     )
 
 
@@ -136,8 +137,8 @@ def denoise(
     """From the request's noise to clean latents. Differentiable; `draw` wraps it in inference mode.
 
     Guidance above 1 evaluates [unconditional, conditional] as one batch of two, which counts as two passes; a network
-    that is told the scale, as FLUX's, is called once. One step
-    begins at the timestep `start`, where it is not given at the one that the adapter was trained for.
+    that is told the scale, as FLUX's, is called once. One step begins at the timestep `start`, where it is not given at
+    the one that the adapter was trained for. Under `nag` the network is asked once a step.
     """
     schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
     adapter = method.adapter(request.steps)
@@ -157,7 +158,8 @@ def denoise(
         jumps = [(min(start, len(schedule) - 1), FINAL)]
     for index, (t, s) in enumerate(jumps):
         network_input = torch.cat([x_t, x_t]) if guided else x_t
-        output = backbone.predict(network_input, t, states, adapter)
+        with _away(backbone, request, method):
+            output = backbone.predict(network_input, t, states, adapter)
         nfe += len(network_input)
         if guided:  # arXiv:2207.12598, eq. 6
             unconditional, conditional = output.chunk(2)
@@ -176,14 +178,28 @@ def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(x_t.shape, generator=generator).to(x_t.device)
 
 
-def _arithmetic(backbone: Backbone) -> str:
+def _arithmetic(backbone: Backbone, nag: float | None) -> str:
     """Such as "float32"; what else changes the pixels' last bits is behind it: an engine's name, decoding in tiles."""
     dtype = str(backbone.dtype).removeprefix("torch.")
-    return dtype + f", {backbone.engine}" * (backbone.engine != "torch") + ", tiles" * backbone.spares_memory
+    engine = f", {backbone.engine}{' decoder' if nag else ''}" if backbone.engine != "torch" else ""
+    return dtype + engine + ", tiles" * backbone.spares_memory
 
 
 def _guidance(request: Request, method: Method) -> float:
     return method.guidance if request.guidance is None else request.guidance
+
+
+def _away(backbone: Backbone, request: Request, method: Method) -> AbstractContextManager[None]:
+    """In which the network keeps away from the negative prompt, where `_nag` says so."""
+    scale = _nag(request, method)
+    if scale is None:
+        return nullcontext()
+    return backbone.away_from(backbone.embed([request.negative_prompt]), scale, method.adapter(request.steps))
+
+
+def _nag(request: Request, method: Method) -> float | None:
+    """The scale that leads away from the negative prompt; None where guidance does that, or nothing."""
+    return None if request.nag in (None, 1.0) or _guidance(request, method) > 1 else request.nag
 
 
 def _eta(request: Request, method: Method) -> float:

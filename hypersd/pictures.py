@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +33,10 @@ def from_image(image: Image.Image, provenance: Mapping[str, Any]) -> Panel:
         InputError: a field is missing, or the pixels are not the ones that the provenance was written for.
     """
     try:
-        panel = Panel(pixels=image.convert("RGB").tobytes(), **{f.name: provenance[f.name] for f in fields(Panel)[1:]})
+        known = [
+            f.name for f in fields(Panel)[1:] if f.default is MISSING or f.name in provenance
+        ]  # older files have less
+        panel = Panel(pixels=image.convert("RGB").tobytes(), **{name: provenance[name] for name in known})
     except KeyError as error:
         raise InputError(f"the provenance has no {error}; use a PNG that hypersd saved with its metadata") from None
     if (panel.width, panel.height) != image.size or panel.pixels_sha256 != provenance.get("pixels_sha256"):

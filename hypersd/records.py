@@ -15,6 +15,7 @@ from typing import Any
 
 PROMPT_CHARACTERS = 500
 SEED_MAX = 2**32 - 1
+NAG_SCALE = 2.0  # offered where a negative prompt is typed: more takes the prompt itself away, with the emoji model
 STEPS_MAX = 1000  # no schedule here has more timesteps; each method allows fewer
 FINAL = -1  # the place after timestep 0 where a drawing of the base model ends
 CLEAN = 0  # timestep at which a distilled drawing ends: abar_0, not 1, as in diffusers' TCDScheduler
@@ -33,7 +34,8 @@ class Request:
     """One question to every method: the prompt, the seed of the shared noise and the number of network steps.
 
     `guidance` is the classifier-free guidance scale g in eps_unc + g (eps_cond - eps_unc); g <= 1 costs one network
-    call a step, more costs two. `guidance` and `eta` of None mean "what the method was made for".
+    call a step, more costs two. `guidance` and `eta` of None mean "what the method was made for". Guidance above 1
+    leads away from the negative prompt; where it is not, `nag` does at this scale, None and 1 not at all (nag.py).
 
     Raises:
         InputError: a field is not of its type or out of its range.
@@ -45,6 +47,7 @@ class Request:
     guidance: float | None = None
     eta: float | None = None
     negative_prompt: str = ""
+    nag: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", clean_prompt(self.prompt))
@@ -55,6 +58,8 @@ class Request:
             object.__setattr__(self, "guidance", real_number(self.guidance, "guidance", 0.0, 30.0))
         if self.eta is not None:
             object.__setattr__(self, "eta", real_number(self.eta, "eta", 0.0, 1.0))
+        if self.nag is not None:
+            object.__setattr__(self, "nag", real_number(self.nag, "nag", 1.0, 20.0))
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Panel:
     """One picture with its provenance: enough to draw the same pixels again, and to say what they cost.
 
     `pixels` are width x height x 3 bytes, RGB, row by row. `nfe` counts network forward passes per picture (two a
-    step under guidance), `seconds` is wall time from request to pixels with the model already in memory.
+    step under guidance, one a step under `nag`, whose second cross-attention shows in the seconds only), `seconds` is
+    wall time from request to pixels with the model already in memory. `nag` is None where it had no part.
     """
 
     pixels: bytes
@@ -84,6 +90,7 @@ class Panel:
     dtype: str
     seconds: float
     version: str
+    nag: float | None = None
 
     @property
     def pixels_sha256(self) -> str:
@@ -158,7 +165,7 @@ class Item:
     def of(cls, panel: Panel) -> Item:
         """The picture of a panel; its sampler is defined by these five fields."""
         kept = ("sampler", "steps", "eta", "negative_prompt", "version")
-        config = {name: getattr(panel, name) for name in kept}
+        config = {name: getattr(panel, name) for name in kept} | ({"nag": panel.nag} if panel.nag else {})
         made: dict[str, Any] = {"image_sha256": panel.pixels_sha256, "config_sha256": _sha256(config)}
         return cls(**made, **{f.name: getattr(panel, f.name) for f in fields(cls) if f.name not in made})
 

@@ -76,7 +76,7 @@ def paint(request: Request, method: str) -> Panel:
         seed=request.seed, noise_sha256=hashlib.sha256(str(request.seed).encode()).hexdigest(), backbone="fake",
         base_sha256="0" * 64, method=method, adapter_sha256=None, sampler=row.sampler, steps=request.steps,
         nfe=request.steps * (2 if guidance > 1 else 1), guidance=guidance, eta=row.eta, dtype="float32",
-        seconds=0.01 * request.steps, version="0",
+        seconds=0.01 * request.steps, version="0", nag=None if guidance > 1 else request.nag,
     )  # fmt: skip
 
 

@@ -34,18 +34,18 @@ class Broken(Warm):
         return warmth(pixels) * torch.nan
 
 
-def preferences(count: int = 240, *, shuffled: bool = False) -> Preferences:
-    """Two random pictures a pair, of which the warmer one is preferred; or, `shuffled`, any of the two."""
+def preferences(count: int = 240, *, agreement: float = 1.0) -> Preferences:
+    """Two random pictures a pair, of which the warmer one is preferred by so many: at 0.5 any of the two."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randint(60, 190, (2 * count, 1, 1, 3), generator=generator)
     texture = torch.randint(-50, 50, (2 * count, 8, 8, 3), generator=generator)
     pictures = (base + texture.repeat_interleave(SIDE // 8, 1).repeat_interleave(SIDE // 8, 2)).clamp(0, 255)
     pictures = (pictures.permute(0, 3, 1, 2) / 127.5 - 1).half()
     red = warmth(pictures.float())
-    coin = torch.rand(count, generator=generator) < 0.5
+    agrees = torch.rand(count, generator=generator) < agreement
     rows = []
     for n in range(count):
-        better = bool(coin[n]) if shuffled else bool(red[2 * n] > red[2 * n + 1])
+        better = bool(red[2 * n] > red[2 * n + 1]) == bool(agrees[n])
         prompt = PROMPTS[n % len(PROMPTS)]
         rows.append(Preference(prompt, 2 * n, 2 * n + 1, float(better), "made up", split_of(prompt)))
     return Preferences(pictures, tuple(rows))

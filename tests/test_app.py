@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -21,7 +22,7 @@ from rows import METHODS
 
 from hypersd import pictures, ui
 from hypersd.engine import UNWATCHED, Drawing, Shelf, Watch
-from hypersd.records import PROMPT_CHARACTERS, SEED_MAX, InputError, Request
+from hypersd.records import NAG_SCALE, PROMPT_CHARACTERS, SEED_MAX, InputError, Request
 from hypersd.ui import prompts, sweep
 from hypersd.ui.board import Board, distances, permalink
 from hypersd.ui.compare import Screen, comparison, facts_of, parcel_of, restore
@@ -61,11 +62,13 @@ def screen(painter: Painter) -> Screen:
 def press(
     painter: Painter, prompt: Any = "a cat", seed: Any = 1, steps: Any = 4, names: Any = ("base", "lcm"),
     reference: Any = ("yes",), guidance: Any = None, negative: Any = "", trail: Any = False,
+    nag: Any = "3",
 ) -> list[Any]:  # fmt: skip
     """All that the page is told after a press of Compare, the key to the sheet replaced by what it opens at the end."""
     names = list(names) if isinstance(names, tuple) else names
     shown = screen(painter)
-    return everything(shown, comparison(shown)(prompt, seed, steps, names, reference, guidance, negative, trail, []))
+    given: tuple[Any, ...] = (prompt, seed, steps, names, reference, guidance, negative, nag, trail, [])
+    return everything(shown, comparison(shown)(*given))
 
 
 def everything(shown: Screen, told: AsyncIterator[Any]) -> list[Any]:
@@ -169,6 +172,21 @@ def test_guidance_left_empty_is_the_methods_own() -> None:
     assert [tile["facts"]["guidance"] for tile in state["tiles"]] == [4, 1, 4]
 
 
+def test_the_field_that_keeps_away_from_a_negative_prompt_has_the_scale_that_was_found(demo: gr.Blocks) -> None:
+    """It is seen while the negative prompt shows no placeholder, so there has to be one (tests/test_browser.py)."""
+    fields = {b["props"].get("elem_id"): b["props"] for b in demo.config["components"]}
+    assert fields["hs-nag"]["value"] == f"{NAG_SCALE:g}" and fields["hs-negative"]["placeholder"]
+
+
+@pytest.mark.parametrize(
+    ("negative", "nag", "told"), [("red", "2", [None, 2.0, None]), ("red", " ", [None] * 3), (" ", "2", [None] * 3)]
+)
+def test_methods_without_guidance_keep_away_by_nag(negative: str, nag: str, told: list[float | None]) -> None:
+    *_, (_, state, *_) = press(Painter(), negative=negative, nag=nag)
+    assert [tile["facts"]["nag"] for tile in state["tiles"]] == told
+    assert ("nag=2" in state["link"]) == (2.0 in told)
+
+
 def test_reference_is_drawn_once_when_its_step_count_is_chosen() -> None:
     painter = Painter()
     *_, (_, state, *_) = press(painter, steps=25, names=("base",))
@@ -200,7 +218,7 @@ def test_closing_the_generator_stops_within_one_step() -> None:
 
     async def leave_early() -> None:
         nonlocal made
-        told = comparison(screen(painter))("a cat", 1, 100, ["base"], [], None, "", False, [])
+        told = comparison(screen(painter))("a cat", 1, 100, ["base"], [], None, "", "", False, [])
         async for _, state, *_ in told:
             if state["tiles"][0]["step"] >= 2:
                 break
@@ -224,6 +242,7 @@ BAD = {
     "seed": ({"seed": SEED_MAX + 1}, "Seed must be a whole number from 0"),
     "guidance text": ({"guidance": "much"}, "Guidance must be a number from 0 to 30"),
     "guidance": ({"guidance": 99}, "Guidance must be a number from 0 to 30"),
+    "nag": ({"negative": "red", "nag": "21"}, "Nag must be a number from 1 to 20"),
     "no method": ({"names": (), "reference": ()}, "No method is chosen; tick at least one"),
     "methods": ({"names": {"a": 1}}, "Methods must be a list of names"),
     "unknown": ({"names": ("nope",)}, "There is no method &#x27;nope&#x27;; choose from base, lcm, tcd, hyper"),
@@ -321,7 +340,7 @@ def test_what_visitors_may_take_along_does_not_fill_the_memory() -> None:
     assert shown.sheets.get("99") is sheet
     assert shown.sheets.get("0") is None
     small = Screen(Painter(), METHODS, ("base", 25), Shelf(10))
-    *_, last = everything(small, comparison(small)("a cat", 1, 4, ["lcm"], [], None, "", False, []))
+    *_, last = everything(small, comparison(small)("a cat", 1, 4, ["lcm"], [], None, "", "", False, []))
     assert last[2] is None  # no room for it: said when it is asked for, not at the drawing
 
 
@@ -409,7 +428,7 @@ def test_a_sweeps_link_restores_it() -> None:
     query = dict(parse_qsl(state["link"][1:]))
     assert taken.link == state["link"]
     assert sweep.restore(query, list(METHODS)) == ["a cat & co\na 🐕?", "3,1,2", "2,4", ["lcm", "tcd"], "2.5", "red"]
-    assert restore(query, list(METHODS)) == [SKIPPED] * 8  # the comparison's form stays as it is
+    assert restore(query, list(METHODS)) == [SKIPPED] * 9  # the comparison's form stays as it is
     assert sweep.restore({"prompt": "a comparison"}, list(METHODS)) == [SKIPPED] * 6
 
 
@@ -430,34 +449,36 @@ def test_permalink_restores_what_was_asked() -> None:
 
     request = Request("a cat & a 100% 🐕?", 7, 3, 2.5, negative_prompt="red")
     query = dict(parse_qsl(permalink(request, ["lcm", "hyper"], False)[1:]))
-    assert restore(query, list(METHODS)) == [request.prompt, 7, 3, ["lcm", "hyper"], [], "2.5", "red", None]
+    assert restore(query, list(METHODS)) == [request.prompt, 7, 3, ["lcm", "hyper"], [], "2.5", "red", "", None]
+    away = dict(parse_qsl(permalink(replace(request, nag=4), ["lcm"], True)[1:]))
+    assert restore(away, list(METHODS))[6:8] == ["red", "4"]
 
 
 def test_a_link_that_says_nothing_changes_nothing() -> None:
-    assert restore({}, list(METHODS)) == [SKIPPED] * 8
+    assert restore({}, list(METHODS)) == [SKIPPED] * 9
 
 
 def test_a_broken_link_changes_nothing() -> None:
     query = {"seed": "x", "steps": "nan", "methods": "nope"}
-    assert restore(query, list(METHODS)) == [SKIPPED] * 8
+    assert restore(query, list(METHODS)) == [SKIPPED] * 9
 
 
 def test_history_keeps_the_newest_first_without_doubles_and_forgives_rubbish() -> None:
     shown = screen(Painter())
     past: Any = [None, {"link": 1}, {"link": "?x", "title": "old", "detail": "kept"}]
     for prompt, names in [("one", ["base"]), ("two", ["base"]), ("one", ["base"]), ("one", ["lcm"])]:
-        *_, (*_, past, _) = everything(shown, comparison(shown)(prompt, 1, 4, names, [], None, "", False, past))
+        *_, (*_, past, _) = everything(shown, comparison(shown)(prompt, 1, 4, names, [], None, "", "", False, past))
     assert [entry["title"] for entry in past] == ["one", "one", "two", "old"]
     for rubbish in (None, "x", [1, {}], {"a": 1}, past * 20):
         assert len(remember(rubbish, Board([], "?new"), "a", "b")) in (0, 80)
-    *_, (*_, longest, _) = everything(shown, comparison(shown)("x", 1, 4, ["lcm"], [], None, "", False, past * 20))
+    *_, (*_, longest, _) = everything(shown, comparison(shown)("x", 1, 4, ["lcm"], [], None, "", "", False, past * 20))
     assert len(longest) == LENGTH
     assert entries(longest) == longest
 
 
 def test_a_stopped_comparison_is_remembered_from_its_first_picture_on() -> None:
     async def leave_early() -> list[Any]:
-        told = comparison(screen(Painter()))("a cat", 1, 4, ["lcm", "tcd"], [], None, "", False, [])
+        told = comparison(screen(Painter()))("a cat", 1, 4, ["lcm", "tcd"], [], None, "", "", False, [])
         async for _, _, _, past, _ in told:
             if past != SKIPPED:
                 await told.aclose()
@@ -487,13 +508,16 @@ def test_api_answers_complete_panels(client: Client) -> None:
     file = io.BytesIO(base64.b64decode(panels[1]["png"].split(",")[1]))
     assert pictures.read_png(file) == paint(Request("a dog", 3, 2), "tcd")
     assert panels[1]["provenance"] == pictures.read_png_provenance(file)
+    away = client.predict(prompt="a dog", steps=2, methods=["lcm"], negative_prompt="red", nag=4, api_name="/compare")
+    assert away[0]["provenance"]["nag"] == 4.0
 
 
 def test_api_is_documented_with_types(client: Client) -> None:
     told = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/compare"]
     types = {p["parameter_name"]: p["python_type"]["type"] for p in told["parameters"]}
     assert types == {"prompt": "str", "seed": "int", "steps": "int", "methods": "None | list[str]",
-                     "guidance": "None | float", "negative_prompt": "str", "reference": "bool"}  # fmt: skip
+                     "guidance": "None | float", "negative_prompt": "str", "reference": "bool",
+                     "nag": "None | float"}  # fmt: skip
     assert [r["python_type"]["type"].split("[")[0] for r in told["returns"]] == ["list"]
     assert "one noise" in told["description"]
 
@@ -563,7 +587,11 @@ def test_a_crowd_gets_its_own_pictures_or_a_clear_busy(demo: gr.Blocks) -> None:
 
     def call(seed: int) -> str:
         base = f"{address(demo)}gradio_api/queue/"
-        asked = {"data": ["a cat", seed, 2, ["lcm"], None, "", False], "fn_index": fn, "session_hash": f"crowd{seed}"}
+        asked = {
+            "data": ["a cat", seed, 2, ["lcm"], None, "", False, None],
+            "fn_index": fn,
+            "session_hash": f"crowd{seed}",
+        }
         joined = requests.post(f"{base}join", json=asked, timeout=30)
         if joined.status_code != 200:
             assert (joined.status_code, "queue is full" in joined.text.lower()) == (503, True)

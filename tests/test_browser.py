@@ -521,6 +521,26 @@ def test_the_strip_of_steps_can_be_looked_through(visit: Visit, demo: gr.Blocks)
     assert picture.get_attribute("src") == final
 
 
+def test_a_negative_prompt_brings_the_field_for_methods_without_guidance(visit: Visit, demo: gr.Blocks) -> None:
+    page = visit.page
+    visit.open(address(demo))
+    page.click("#hs-more > button")
+    page.wait_for_selector("#hs-negative textarea", state="visible")
+    assert not page.is_visible("#hs-nag")
+    page.fill("#hs-negative textarea", "red")
+    page.wait_for_selector("#hs-nag input", state="visible")
+    page.fill("#hs-nag input", "4")
+    visit.compare(5)
+    facts = page.evaluate("[...document.querySelectorAll('.hs-fine')].map(line => line.textContent)")
+    assert ["NAG 4" in line for line in facts] == [False, True, True, True, False]
+    visit.open(page.url)  # a link that draws the same again
+    page.click("#hs-more > button")
+    page.wait_for_selector("#hs-nag input", state="visible")
+    assert page.input_value("#hs-nag input") == "4"
+    page.fill("#hs-negative textarea", "")
+    page.wait_for_selector("#hs-nag", state="hidden")
+
+
 @pytest.mark.parametrize("visit", [("phone", "dark")], indirect=True)
 def test_a_grid_names_its_rows_and_columns_wherever_it_is_scrolled(visit: Visit, demo: gr.Blocks) -> None:
     page = visit.page

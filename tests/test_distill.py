@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import stages
 import tiny
 import torch
+from listing import ROOT
 from PIL import Image
 from stages import RECIPE, SETTINGS, STAGE, Latents, objective
 from torch import Tensor
@@ -88,6 +89,18 @@ def test_network_calls_of_an_update(
     assert (counts["with gradient"], counts["without gradient"], counts["samples"]) == calls
 
 
+def test_scores_cost_the_unified_adapter_their_calls_in_each_fifth_update_only(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    """Consistency in all: student, teacher, target; the student's picture, and the fake that learns it; in each fifth
+    the student's picture has a gradient, and real and fake compare it."""
+    run = Run(objective(backbone, "hyper", Stage()), replace(RECIPE, updates=7, accumulate=1), tmp_path)
+    for index in range(7):
+        with plan.counted(backbone.unet) as counts:
+            assert run.update()["student"] > 0
+        assert (counts["with gradient"], counts["without gradient"]) == ((3, 4) if index in (0, 5) else (2, 3))
+
+
 def test_a_fake_learns_in_every_update_and_the_student_in_each_fifth(backbone: Backbone, tmp_path: Path) -> None:
     run = Run(objective(backbone, "dmd", Stage()), replace(RECIPE, updates=7), tmp_path)
     assert list(run.networks) == ["student", "fake"]
@@ -134,6 +147,37 @@ def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lora" / "hyper-1.safetensors").unlink()
     made = train(tmp_path / "lora")
     assert made.card.recipe["start"] == start.sha256 and (made.card.method, made.card.segments) == ("hyper", 1)
+
+
+def test_any_method_can_begin_with_a_lora_that_is_named(
+    tiny_folder: Path, tmp_path: Path, tiny_adapters: Sequence[adapters.AdapterFile]
+) -> None:
+    """So "TSCD, then DMD" is a row of its own, beside both."""
+    recipe, start = replace(RECIPE, updates=1, accumulate=1), adapters.named(tiny_adapters, "tscd-1")
+    given = (lambda: Backbone.load(tiny_folder), Latents.of, SETTINGS, recipe, tmp_path / "runs", tmp_path / "out")
+    (made,) = distill.run(METHODS["dmd"], *given, name="tscd-dmd", begin=start)
+    assert (made.card.name, made.card.method, made.card.recipe["start"]) == ("tscd-dmd", "dmd", start.sha256)
+    table = discover([*tiny_adapters, made], made.card.base_sha256)
+    assert {"dmd", "tscd", "tscd-dmd"} <= table.keys()
+    with pytest.raises(InputError, match=r"there is no LoRA 'tscd-3'; choose from .*tscd-1"):
+        adapters.named(tiny_adapters, "tscd-3")
+    other = start._replace(card=replace(start.card, base_sha256="0" * 64))
+    with pytest.raises(InputError, match=r"tscd-1\.safetensors was trained on another base than tiny"):
+        distill.run(METHODS["dmd"], *given, name="other", begin=other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read as Linux has them")
+def test_three_roles_of_one_network_do_what_three_copies_do_in_two_networks_less_memory() -> None:
+    def told(form: str) -> dict[str, Any]:
+        program = [sys.executable, str(ROOT / "tests/copies.py"), form]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    one, three = told("one"), told("three")
+    assert one["losses"] == three["losses"], "it is the same update"
+    assert 1.7 <= (three["more"] - one["more"]) / one["network"] <= 3.0
 
 
 def test_scores_are_compared_where_drawings_stop_by(backbone: Backbone) -> None:

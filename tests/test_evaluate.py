@@ -21,7 +21,7 @@ import torch
 from judged import Thumbnails, make_artwork
 
 from hypersd import evaluate, quality
-from hypersd.__main__ import main
+from hypersd.__main__ import COMMANDS, main
 from hypersd.backbone import Backbone
 from hypersd.emoji import prompts as emoji
 from hypersd.evaluate import gallery, judges, ladder, measures, paper, plan, report, scoring
@@ -473,6 +473,40 @@ def test_another_backbone_borrows_the_layout_alone(content: dict[str, Any]) -> N
     assert "### Table 2, main results" in page and "31.88" not in page
     assert "In the layout of" not in report.markdown(content)  # no arm of this run is in the paper
     assert [len(rows) for rows in paper.TABLES.values()] == [13, 11, 8, 11]
+
+
+def test_the_ablation_has_its_parts_in_order_and_says_which_are_absent(content: dict[str, Any]) -> None:
+    names = {"base": "hyper", "second": "tcd"}
+    results = [{**row, "method": names[row["method"]]} for row in content["results"]]
+    page = report.markdown({**content, "results": results})
+    lines = page[page.index("## Part by part") :].splitlines()
+    tables = [number for number, line in enumerate(lines) if "↑ | 1 step | 2 steps | 3 steps |" in line]
+    assert tables
+    for first in tables:
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 :][: len(paper.ABLATION)]
+        ]
+        assert [row[0] for row in rows] == [part.label for part in paper.ABLATION]
+        given = {row[0]: [cell != "–" for cell in row[1:]] for row in rows}
+        assert given.pop("TCD") == [True, False, False] and given.pop("TSCD + DMD") == [True, True, True]
+        assert not any(cell for row in given.values() for cell in row)
+    absent = [line for line in lines if "is not drawn here" in line]
+    assert len(absent) == len(paper.ABLATION) - 2 and any(
+        "distill dmd --begin tscd-1 --name tscd-dmd" in a for a in absent
+    )
+    assert "Part by part" not in report.markdown(content), "one part alone is no ablation"
+    assert paper.at_hand({"hyper": 1, "lcm": 2, "tcd": 3}) == ["tcd", "hyper"]
+
+
+@pytest.mark.parametrize("part", paper.ABLATION, ids=lambda part: part.method)
+def test_each_part_is_made_under_the_name_it_is_looked_for(part: paper.Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    for how in part.how:
+        words = how.split()
+        ran: list[Any] = []
+        monkeypatch.setitem(COMMANDS, words[0], COMMANDS[words[0]]._replace(run=ran.append))
+        assert main(words) == 0
+        (given,) = ran
+        assert (given.name or given.method) == part.method
 
 
 # ---------------------------------------------------------------------------------------------- the command line

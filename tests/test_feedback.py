@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from judged import Thumbnails
 from liking import PROMPTS, Broken, Warm, warmth
 from PIL import Image
 from stages import Latents
@@ -22,6 +24,8 @@ from voting import definition
 from hypersd import adapters, distill
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
+from hypersd.emoji.prompts import Prompt
+from hypersd.evaluate import judges, plan
 from hypersd.feedback import loop, refl, reward, structure
 from hypersd.feedback.refl import Asked, Refinement, added
 from hypersd.feedback.structure import Instances, Outline, Segmenter, wrongness
@@ -58,7 +62,7 @@ def backbone(tiny_folder: Path) -> Backbone:
 
 @pytest.fixture(scope="session")
 def parent(tiny_adapters: Sequence[AdapterFile]) -> AdapterFile:
-    return loop.parent_of(tiny_adapters, "tscd-4")
+    return adapters.named(tiny_adapters, "tscd-4")
 
 
 def made(backbone: Backbone, parent: AdapterFile, asked: Asked | None = None, **changes: Any) -> Refinement:
@@ -241,7 +245,7 @@ def test_bad_settings_are_explained(backbone: Backbone, parent: AdapterFile) -> 
     with pytest.raises(InputError, match="no reward is given"):
         made(backbone, parent, rewards=[])
     with pytest.raises(InputError, match="there is no LoRA 'nope'; choose from tscd-4"):
-        loop.parent_of([parent], "nope")
+        adapters.named([parent], "nope")
 
 
 # -------------------------------------------------------------------------------------------------- the loop
@@ -290,7 +294,7 @@ def turn(
 ) -> list[str]:
     store, study, images = voted
     learn = replace(reward.RECIPE, updates=100, batch=16, cooldown=50)
-    settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=least, reward=learn, refine=RECIPE)
+    settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=least, reward=learn, refine=RECIPE, teacher=2)
     parts = (lambda: Backbone.load(tiny_folder), Captioned.of, settings, folder / "runs", folder / "lora")
     return list(loop.run(store, study, images, parent, *parts, training=SETTINGS))
 
@@ -302,6 +306,8 @@ def test_votes_make_a_lora_that_these_people_like_better(
     lines = turn(voted, parent, tiny_folder, tmp_path)
     (file,) = adapters.found(tmp_path / "lora")
     digest = file.card.recipe["votes"][:8]
+    assert any("prompts that nothing had looked at" in line for line in lines)
+    assert any(line.startswith("  the reward that leads† ↑: ") for line in lines)
     assert file.card.name == f"tscd-{digest}" and any(f"tscd-{digest}@4" in line for line in lines)
     fresh = Backbone.load(tiny_folder)
     table = discover([parent, file], fresh.network_sha256)
@@ -317,6 +323,52 @@ def test_votes_make_a_lora_that_these_people_like_better(
 
     new = load(next((tmp_path / "runs").rglob("study.yaml")))
     assert new.arms[-1] == f"tscd-{digest}@4" and new.sha256 != voted[1].sha256
+
+
+@pytest.fixture
+def refined(backbone: Backbone, parent: AdapterFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterFile:
+    """The parent's jumps the other way round, by its own name; judged by judges that cost nothing."""
+    monkeypatch.setattr(judges, "JUDGES", {"measure": Thumbnails, "reward": Thumbnails})
+    turned = {name: -t if name.endswith("lora_B") else t for name, t in adapters.load(parent.path).items()}
+    return adapters.save(tmp_path / "new-4.safetensors", turned, replace(parent.card, name="tscd-new"))
+
+
+def told(backbone: Backbone, parent: AdapterFile, new: AdapterFile, folder: Path, prompts: int = 4) -> list[str]:
+    settings = loop.Settings(Asked(4), artwork=folder / "none", teacher=2)
+    return list(loop.evaluated(backbone, parent, new, [Warm(), Warm()], PROMPTS[:prompts], settings, folder))
+
+
+def test_old_and_new_are_compared_on_the_same_noises(
+    backbone: Backbone, parent: AdapterFile, refined: AdapterFile, tmp_path: Path
+) -> None:
+    lines = told(backbone, parent, refined, tmp_path)
+    assert lines[0].startswith("on 4 prompts that nothing had looked at, new less old (all of it: ")
+    table = discover([parent, refined], backbone.network_sha256)
+    gaps = []
+    for text in PROMPTS[:4]:
+        seeds = [plan.seed(Prompt("held out", text, text), index) for index in range(loop.SEEDS)]
+        new, old = (np.mean([_warmth(draw(backbone, Request(text, s, 4), table[name])) for s in seeds])
+                    for name in ("tscd-new", "tscd"))  # fmt: skip
+        gaps.append(new - old)
+    for role in ("leads", "picks"):
+        (line,) = [line for line in lines if line.startswith(f"  the reward that {role}† ↑: ")]
+        assert float(line.split(": ")[1].split(" [")[0]) == pytest.approx(np.mean(gaps), abs=6e-4)
+    assert any(line.startswith("  diversity ↑: ") for line in lines)
+    (page,) = tmp_path.rglob("report.md")
+    text = page.read_text(encoding="utf-8")
+    assert "† the reward that leads: the new LoRA was trained to raise it." in text
+    assert "| the reward that picks† | tscd-new-4 | tscd-4 |" in text
+    assert told(backbone, parent, refined, tmp_path) == lines, "asked again it says the same"
+
+
+def test_a_lora_that_cannot_be_evaluated_is_there_all_the_same(
+    backbone: Backbone, parent: AdapterFile, refined: AdapterFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = told(backbone, parent, refined, tmp_path, prompts=1)
+    assert "no two prompts are left" in line
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    (line,) = told(backbone, parent, refined, tmp_path)
+    assert line.startswith("old and new LoRA were not evaluated: ") and "pip install" in line
 
 
 def test_too_few_votes_are_counted(

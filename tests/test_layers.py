@@ -17,7 +17,7 @@ ROWS = [
     "records",
     "pictures schedule metrics quality intervals folders network",
     "solvers",
-    "checkpoint muon adapters scores",
+    "checkpoint muon adapters scores nag",
     "train data safety",
     "compiled roles adversary releases wardrobe",
     "backbone",

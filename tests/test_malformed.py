@@ -56,12 +56,12 @@ RUBBISH = st.recursive(
 USUAL = st.sampled_from(
     ["a cat", "a cat\na dog", 1, 2, "1, 2", "1-3", [1, 2], ["a cat"], ["base", "tcd"], None, "", True]
 )
-VALUES = st.lists(USUAL | RUBBISH, min_size=9, max_size=9)
+VALUES = st.lists(USUAL | RUBBISH, min_size=10, max_size=10)
 # What a visitor's browser or program reaches, each with the number of arguments it takes.
 DOORS: dict[str, tuple[Callable[..., Any], int]] = {
-    "/compare": (api.comparing(SCREEN), 7),
+    "/compare": (api.comparing(SCREEN), 8),
     "/sweep": (api.sweeping(SCREEN), 6),
-    "compare screen": (compare.comparison(SCREEN), 9),
+    "compare screen": (compare.comparison(SCREEN), 10),
     "sweep screen": (sweep.sweeping(SCREEN), 7),
     "cost": (sweep.estimate(SCREEN), 6),
 }
@@ -153,10 +153,10 @@ def over_http(demo: gr.Blocks, times: int) -> None:
     @settings(max_examples=times, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def one(body: Any) -> None:
         number = next(numbers)
-        clean(post(demo, number, body[: 7 - number % 2] if isinstance(body, list) else body))
+        clean(post(demo, number, body[: 8 - number % 2] if isinstance(body, list) else body))
 
     one()
-    whole = post(demo, 0, ["a cat", 1, 2, ["lcm"], None, "", False])
+    whole = post(demo, 0, ["a cat", 1, 2, ["lcm"], None, "", False, None])
     assert '"success":true' in whole.replace(" ", "")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hypersd.emoji import scorer
 from hypersd.feedback import pairs, reward
+from hypersd.feedback.pairs import Preferences
 from hypersd.feedback.reward import Aligned, Card, Look, Preferring, Trained, keep_best
 from hypersd.records import InputError, Problem
 from hypersd.train import Recipe, Run, Step
@@ -41,16 +42,30 @@ def test_a_taste_is_found(learned: tuple[Card, Path]) -> None:
     assert card.low <= card.accuracy <= card.high and card.accuracy >= 0.75, card
 
 
-def test_where_there_is_none_it_is_right_half_of_the_time(tmp_path: Path) -> None:
-    """The control: if this were much above a half, something would leak from one split into another."""
-    objective = Preferring(liking.preferences(shuffled=True), scorer.load(START))
-    run = Run(objective, replace(RECIPE, updates=30, cooldown=10), tmp_path)
+def accuracy(made: Preferences, recipe: Recipe, folder: Path) -> tuple[float, int]:
+    """Of a reward that learned from the train split: on all other pairs, and how many those are."""
+    objective = Preferring(made, scorer.load(START))
+    run = Run(objective, recipe, folder)
     run.advance()
     with run.averaged():
         found = [objective.accuracy(split) for split in ("validation", "test")]
-    rows = sum(len(objective.preferences.split(split)) for split in ("validation", "test"))
-    together = sum(one.value * one.prompts for one in found) / sum(one.prompts for one in found)
-    assert abs(together - 0.5) < 3 * 0.5 / rows**0.5, f"{together} of {rows} pairs"
+    pairs_ = sum(len(made.split(split)) for split in ("validation", "test"))
+    return sum(one.value * one.prompts for one in found) / sum(one.prompts for one in found), pairs_
+
+
+def test_where_there_is_none_it_is_right_half_of_the_time(tmp_path: Path) -> None:
+    """The control: if this were much above a half, something would leak from one split into another."""
+    found, count = accuracy(liking.preferences(agreement=0.5), replace(RECIPE, updates=30, cooldown=10), tmp_path)
+    assert abs(found - 0.5) < 3 * 0.5 / count**0.5, f"{found} of {count} pairs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agreement", [0.7, 0.85, 1.0])
+def test_it_comes_near_to_what_annotators_agree_in_and_not_above(agreement: float, tmp_path: Path) -> None:
+    """Votes that contradict the common taste are in all splits, so nobody can be right about more of them."""
+    found, count = accuracy(liking.preferences(1000, agreement=agreement), replace(RECIPE, updates=150), tmp_path)
+    error = (agreement * (1 - agreement) / count) ** 0.5
+    assert agreement - 0.08 - 2 * error <= found <= agreement + 3 * error, f"{found} of {count} pairs"
 
 
 def test_it_comes_back_from_disk(learned: tuple[Card, Path]) -> None:

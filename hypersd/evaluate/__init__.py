@@ -33,8 +33,14 @@ def run(
         ModelError: the backbone cannot be loaded.
     """
     bench.need("matplotlib", "pyarrow")
+    backbone = Backbone.load(backbone_name, device=str(PartialState().device), engine=engine)
+    return run_on(backbone, wanted, folder, metrics, artwork)
+
+
+def run_on(backbone: Backbone, wanted: Plan, folder: Path, metrics: Sequence[Metric], artwork: Path) -> Path | None:
+    """The same on a backbone that is in memory."""
+    bench.need("matplotlib", "pyarrow")
     state = PartialState()
-    backbone = Backbone.load(backbone_name, device=str(state.device), engine=engine)
     wanted = gallery.possible(wanted, backbone)
     record = wanted.record(backbone)
     plan.claim(folder, record)

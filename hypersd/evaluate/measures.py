@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -145,13 +146,13 @@ def _colour(e: Evidence) -> Tensor:
     return _each(quality.colour_right(e.pixels.flatten(0, 1), flat), e.pixels)
 
 
-def _published(name: str) -> Callable[[Evidence], Tensor]:
-    """A score of `scores`, picture by picture."""
+def scored(load: Callable[[], Callable[[Tensor, Sequence[str]], Tensor]]) -> Callable[[Evidence], Tensor]:
+    """What a score or a reward says, picture by picture: it takes float [n, 3, h, w] in -1..1 and n texts."""
 
     @torch.inference_mode()
     def run(e: Evidence) -> Tensor:
         try:
-            scorer = scores.load(name)
+            scorer = load()
         except InputError as reason:
             raise Missing(str(reason)) from None
         prompts = [p.text for p in e.prompts for _ in range(e.pixels.shape[1])]
@@ -190,7 +191,8 @@ METRICS: dict[str, Metric] = {
                digits=2),
         Metric("frechet", "Fréchet distance of as many pictures as prompts", -1,
                lambda e: torch.tensor(quality.frechet_distance(get(e.features)[:, 0], get(e.real)))),
-        *(Metric(row.name, row.title, 1, _published(row.name), optimised=row.optimised, published=True)
+        *(Metric(row.name, row.title, 1, scored(partial(scores.load, row.name)), optimised=row.optimised,
+                 published=True)
           for row in scores.PUBLISHED.values()),
     )
 }  # fmt: skip

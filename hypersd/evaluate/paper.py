@@ -1,4 +1,5 @@
-"""Tables 2 to 5 of Hyper-SD (arXiv:2404.13686): which row is which method here, and the paper's own figures.
+"""Tables 2 to 5 of Hyper-SD (arXiv:2404.13686): which row is which method here, and the paper's own figures; and the
+ablation of this project, part by part.
 
 The paper's figures are of 5,000 COCO prompts with its own weights: CLIP score (ViT-B/32), LAION aesthetic score,
 ImageReward, PickScore. It gives no intervals, and it trained on the second and third of them.
@@ -6,7 +7,7 @@ ImageReward, PickScore. It gives no intervals, and it trained on the second and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 FIGURES = ("CLIP", "aesthetic†", "ImageReward†", "PickScore")
@@ -88,6 +89,33 @@ TABLES: dict[str, tuple[Row, ...]] = {
         ("TCD + feedback", "tcd-feedback", 4, 32.50, 5.62, 0.85, 0.229),
         ("TSCD + feedback", "hyper", 4, 32.56, 5.74, 0.93, 0.232))),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of the ablation: `method` is the row of the app that has these parts, `how` the commands that make it."""
+
+    label: str
+    method: str
+    how: tuple[str, ...]
+
+
+_PICKED = "--picker assets/emoji-scorer-a"
+ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones and are drawn in 1 to 8 steps
+    Part("TCD", "tcd", ("distill tcd",)),
+    Part("TSCD", "tscd", ("distill tscd",)),
+    Part("TSCD + feedback", "tscd-feedback",
+         tuple(f"refine tscd-{segments} --name tscd-feedback {_PICKED}" for segments in (8, 4, 2, 1))),
+    Part("DMD", "dmd", ("distill dmd",)),
+    Part("TSCD, then DMD", "tscd-dmd", ("distill dmd --begin tscd-1 --name tscd-dmd",)),
+    Part("TSCD + DMD", "hyper", ("distill hyper",)),
+    Part("TSCD + DMD + feedback", "hyper-feedback", (f"refine hyper --steps 4 --name hyper-feedback {_PICKED}",)),
+)  # fmt: skip
+
+
+def at_hand(names: Container[str]) -> list[str]:
+    """The rows of the ablation among these."""
+    return [part.method for part in ABLATION if part.method in names]
 
 
 def rows(table: str, backbone: str, drawn: set[tuple[str, int]]) -> list[Row]:

@@ -43,7 +43,8 @@ class Arm:
 class Plan:
     """`seeds` pictures of every prompt by every arm; `reference` is the teacher that the others are compared with.
 
-    `impossible` says why a method was left out at a step count; `methods` are the rows that draw.
+    `impossible` says why a method was left out at a step count; `methods` are the rows that draw; `rivals` are pairs of
+    arms to be compared with each other by every metric.
     """
 
     prompts: tuple[Prompt, ...]
@@ -52,6 +53,7 @@ class Plan:
     reference: Arm
     impossible: tuple[str, ...] = ()
     methods: Mapping[str, Method] = field(default_factory=dict, repr=False, compare=False)
+    rivals: tuple[tuple[Arm, Arm], ...] = ()
 
     @property
     def sets(self) -> dict[str, list[int]]:

@@ -40,7 +40,7 @@ def summary(plan: Plan, record: Mapping[str, Any], scores: Scores, metrics: Sequ
         "missing": {m.name: scores.missing[m.name] for m in metrics if m.name in scores.missing},
         "impossible": list(plan.impossible),
         "results": list(_results(plan, scores, known)),
-        "comparisons": _comparisons(plan, scores, [m for m in known if m.primary]),
+        "comparisons": _comparisons(plan, scores, known),
     }
 
 
@@ -64,12 +64,13 @@ def _results(plan: Plan, scores: Scores, metrics: Sequence[Metric]) -> Iterator[
             yield {"set": name, "method": arm.method, "steps": arm.steps, "nfe": scores.nfe[arm], "figures": figures}
 
 
-def _comparisons(plan: Plan, scores: Scores, primary: Sequence[Metric]) -> list[dict[str, Any]]:
-    """Each arm beside the teacher, and beside the baseline at equal steps; Holm over all of them."""
+def _comparisons(plan: Plan, scores: Scores, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Each arm beside the teacher, and beside the baseline at equal steps, by primary metrics; the plan's rivals beside
+    each other by all that have a value a prompt. Holm over all of them."""
     drawn, found = intervals.draws(len(plan.prompts)), []
-    for metric in primary:
+    for metric in metrics:
         values = scores.values.get(metric.name, {})
-        for arm, against in _pairs(plan):
+        for arm, against in dict.fromkeys((*plan.rivals, *(_pairs(plan) if metric.primary else ()))):
             if metric.name.startswith("teacher_") and against == plan.reference:
                 continue  # the teacher's distance to itself
             if arm in values and against in values:
@@ -118,7 +119,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         head = f"All {plan['prompts']} prompts" if name == ALL else f"{plan['sets'][name]} prompts: {name}"
         parts += [f"## {head}", _table(content, rows, primary=True)]
         parts += [_table(content, rows, primary=False)]
-    parts += _marks(content) + _differences(content) + _paper(content) + _left_out(content)
+    parts += _marks(content) + _differences(content) + _ablation(content) + _paper(content) + _left_out(content)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -150,7 +151,11 @@ def _line(cells: Sequence[str]) -> str:
 
 def _head(about: Mapping[str, Any]) -> str:
     arrow = {1: " ↑", -1: " ↓", 0: ""}[about["better"]]
-    return f"{about['title']}{'†' if about['optimised'] else ''}{arrow}"
+    return f"{_marked(about)}{arrow}"
+
+
+def _marked(about: Mapping[str, Any]) -> str:
+    return f"{about['title']}{'†' if about['optimised'] else ''}"
 
 
 def _cell(about: Mapping[str, Any], figure: Mapping[str, Any] | None, interval: bool) -> str:
@@ -179,7 +184,7 @@ def _differences(content: Mapping[str, Any]) -> list[str]:
     for row in content["comparisons"]:
         about, p = content["metrics"][row["metric"]], row["p_holm"]
         told = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-        lines.append(_line([about["title"], row["arm"], row["against"], _cell(about, row, True), told]))
+        lines.append(_line([_marked(about), row["arm"], row["against"], _cell(about, row, True), told]))
     count = len(content["comparisons"])
     return ["## Differences", f"Over all prompts, paired, p corrected for {count} comparisons.", "\n".join(lines)]
 
@@ -202,6 +207,37 @@ def _paper(content: Mapping[str, Any]) -> list[str]:
                 lines.append(_line([row.label, str(row.steps), *cells, *map(str, row.figures * known)]))
             parts += [f"### {title}", "\n".join(lines)]
     return ["## In the layout of Hyper-SD (arXiv:2404.13686)", *parts] if parts else []
+
+
+def _ablation(content: Mapping[str, Any]) -> list[str]:
+    """What each part of the method adds: a table a primary metric, parts in lines, step counts in columns."""
+    drawn = {(row["method"], row["steps"]): row for row in content["results"] if row["set"] == ALL}
+    there = paper.at_hand({method for method, _ in drawn})
+    if len(there) < 2:
+        return []
+    counts = sorted({steps for method, steps in drawn if method in there})
+    parts = ["## Part by part"]
+    heads = [f"{n} step{'s' * (n != 1)}" for n in counts]
+    for name, about in ((name, about) for name, about in content["metrics"].items() if about["primary"]):
+        lines = [_line([_head(about), *heads]), _line(["---"] * (1 + len(heads)))]
+        for part in paper.ABLATION:
+            figures = [drawn.get((part.method, n), {"figures": {}})["figures"].get(name) for n in counts]
+            lines.append(_line([part.label, *(_cell(about, figure, True) for figure in figures)]))
+        parts.append("\n".join(lines))
+    absent = []
+    for part in paper.ABLATION:
+        if part.method not in there:
+            how = ", ".join(f"`python -m hypersd {command}`" for command in part.how)
+            absent.append(f"- {part.label} is not drawn here; it is made with {how}")
+    return parts + ["\n".join(absent)] * bool(absent)
+
+
+def beside(content: Mapping[str, Any], arm: Arm, against: Arm) -> Iterator[str]:
+    """The differences between two arms that were compared, a line each."""
+    for row in content["comparisons"]:
+        if (row["arm"], row["against"]) == (str(arm), str(against)):
+            about = content["metrics"][row["metric"]]
+            yield f"{_head(about)}: {_cell(about, row, True)}"
 
 
 def _left_out(content: Mapping[str, Any]) -> list[str]:

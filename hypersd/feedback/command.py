@@ -127,13 +127,13 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refine_run(given: argparse.Namespace) -> Lines:
     from hypersd import distill
-    from hypersd.adapters import beside, found
+    from hypersd.adapters import beside, found, named
     from hypersd.emoji import prompts, training
     from hypersd.evaluate import plan
-    from hypersd.feedback import loop, refl, reward, structure
+    from hypersd.feedback import refl, reward, structure
 
     folder = Path(given.out) if given.out else beside(given.backbone)[1]
-    parent = loop.parent_of(found(folder), given.parent)
+    parent = named(found(folder), given.parent)
     name = distill.check_name(given.name or f"{parent.card.name}-refined", distill.find(parent.card.method))
     asked = _asked(given, parent)
     looked_at = (
@@ -149,7 +149,7 @@ def refine_run(given: argparse.Namespace) -> Lines:
         structure=structure.Outline(Path(given.segmenter)) if given.structure else None,
     )  # fmt: skip
     path = folder / f"{name}-{parent.card.segments}.safetensors"
-    made = refl.run(objective, _refining(given), Path(given.runs) / name, path, name)
+    made = refl.run(objective, _refining(given), Path(given.runs) / path.stem, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
     yield f"{path}: after {made.look.step} updates {told}"
 
@@ -176,17 +176,19 @@ def loop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def loop_run(given: argparse.Namespace) -> Lines:
     from hypersd import distill
-    from hypersd.adapters import beside, found
+    from hypersd.adapters import beside, found, named
     from hypersd.emoji import prompts, training
     from hypersd.feedback import loop
 
     folder = Path(given.out) if given.out else beside(given.backbone)[1]
-    parent = loop.parent_of(found(folder), given.parent)
+    parent = named(found(folder), given.parent)
+    own = [p.text for p in prompts.load() if p.set == "colour"] if given.backbone == "emoji" else []
     settings = loop.Settings(
         _asked(given, parent),
         least=whole_number(given.least, "least", 1, MANY),
         annotators=_annotators(given),
-        prompts=tuple(p.text for p in prompts.load() if p.set == "colour")[::4] if given.backbone == "emoji" else (),
+        prompts=tuple(own[::4]),
+        unseen=tuple(own[2::4]),
         refine=_refining(given),
     )
     store, study = _study_of(given)

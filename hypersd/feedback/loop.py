@@ -8,7 +8,9 @@ different prompts: one leads, the other, which is never optimised, says when to 
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +18,17 @@ from pathlib import Path
 import torch
 import yaml
 
-from hypersd import distill, intervals
+from hypersd import distill, evaluate, intervals
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
+from hypersd.emoji.prompts import Prompt
+from hypersd.evaluate import report
+from hypersd.evaluate.measures import Metric, scored
+from hypersd.evaluate.plan import TEACHER, Arm, Plan
 from hypersd.feedback import pairs, refl, reward
 from hypersd.feedback.pairs import Preferences
 from hypersd.feedback.refl import Asked, Refinement
+from hypersd.methods import discover
 from hypersd.records import InputError, Problem
 from hypersd.study.definition import Study
 from hypersd.study.pairs import gather
@@ -29,17 +36,25 @@ from hypersd.study.votes import Store
 from hypersd.train import Recipe
 
 LEAST = 200  # decided pairs of pictures
+SEEDS = 2  # drawings of a prompt when old and new are compared
 CHANCE = 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is asked for. `prompts` are looked at by the reward that picks, beside the study's held-out ones."""
+    """How much is asked for. `prompts` are looked at by the reward that picks, beside those of the validation split.
+
+    `unseen` are of no other use than to compare old and new at the end, beside those of the test split; `artwork` are
+    the real pictures, `teacher` the steps of the base model that both are measured against.
+    """
 
     asked: Asked
     least: int = LEAST
     annotators: int = 2
     prompts: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    artwork: Path = Path("runs/emoji/artwork")
+    teacher: int = 25
     reward: Recipe = reward.RECIPE
     refine: Recipe = refl.RECIPE
 
@@ -90,7 +105,7 @@ def run(
         rewards.append(reward.Trained(folder / f"reward-{name}"))
     name = f"{parent.card.name}-{digest}"
     backbone = load()
-    held_out = sorted({row.prompt for row in found.rows if row.split != "train"})
+    held_out = {split: sorted({r.prompt for r in found.rows if r.split == split}) for split in ("validation", "test")}
     objective = Refinement(
         backbone,
         distill.check_data(open_data(backbone), settings.refine),
@@ -99,7 +114,7 @@ def run(
         training,
         settings.asked,
         picker=rewards[1],
-        prompts=[*held_out, *settings.prompts],
+        prompts=[*held_out["validation"], *settings.prompts],
         seed=settings.refine.seed,
     )
     path = out / f"{name}-{parent.card.segments}.safetensors"
@@ -109,6 +124,10 @@ def run(
         f"of {parent.path.name} it says {made.before:.3f}"
     )
     yield won(objective, rewards[1])
+    del objective, backbone  # the network that learned; what follows is drawn as the app draws it
+    gc.collect()  # it hangs in a circle of references
+    unseen = list(dict.fromkeys((*held_out["test"], *settings.unseen)))
+    yield from evaluated(load(), parent, made.file, rewards, unseen, settings, folder)
     yield ballot(study, folder, parent, name, settings.asked.steps)
 
 
@@ -137,6 +156,53 @@ def won(objective: Refinement, picker: reward.Reward) -> str:
     )
 
 
+def evaluated(
+    backbone: Backbone,
+    parent: AdapterFile,
+    new: AdapterFile,
+    rewards: Sequence[reward.Reward],
+    prompts: Sequence[str],
+    settings: Settings,
+    folder: Path,
+) -> Iterator[str]:
+    """Old and new LoRA by `hypersd.evaluate` on prompts that neither learned from nor were picked by: lines to print.
+
+    The report lies in a folder below `folder`; what both rewards say is in it, marked as no independent evidence.
+    """
+    if len(prompts) < 2:  # a study of few prompts, on a base without prompts of its own
+        yield "old and new LoRA were not evaluated: no two prompts are left that nothing had looked at"
+        return
+    steps = settings.asked.steps
+    after, before = Arm(new.card.name, steps), Arm(parent.card.name, steps)
+    teacher = Arm(TEACHER, settings.teacher)
+    wanted = Plan(
+        tuple(Prompt("held out", text, text) for text in prompts), SEEDS, (teacher, before, after), teacher,
+        methods=discover([parent, new], backbone.network_sha256), rivals=((after, before),),
+    )  # fmt: skip
+    place = folder / f"evaluation-{new.sha256[:8]}"
+    try:
+        metrics = [*evaluate.chosen(None, quick=True), *_spoken(rewards)]
+        page = evaluate.run_on(backbone, wanted, place, metrics, settings.artwork)
+    except InputError as problem:  # a library that is not installed: the LoRA is there all the same
+        yield f"old and new LoRA were not evaluated: {problem}"
+        return
+    if page is None:  # one of several processes, and not the first
+        return
+    yield f"on {len(prompts)} prompts that nothing had looked at, new less old (all of it: {page}):"
+    content = json.loads((place / "report.json").read_text(encoding="utf-8"))
+    yield from (f"  {line}" for line in report.beside(content, after, before))
+
+
+def _spoken(rewards: Sequence[reward.Reward]) -> list[Metric]:
+    """What the rewards say of a picture, as metrics that nobody takes for independent evidence."""
+    roles = {"leads": "the new LoRA was trained to raise it", "picks": "it chose the update that was kept"}
+
+    def spoken(said: reward.Reward, role: str, why: str) -> Metric:
+        return Metric(f"reward_{role}", f"the reward that {role}", 1, scored(lambda: said), optimised=why)
+
+    return [spoken(said, *role) for said, role in zip(rewards, roles.items(), strict=True)]
+
+
 def ballot(study: Study, folder: Path, parent: AdapterFile, name: str, steps: int) -> str:
     """Write the study again with the new arm in it, and say how to open it."""
     told = asdict(study)
@@ -153,19 +219,6 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def parent_of(files: Sequence[AdapterFile], name: str) -> AdapterFile:
-    """The LoRA file of that name, without its ending.
-
-    Raises:
-        InputError: there is none; says which there are.
-    """
-    for file in files:
-        if file.path.stem == name:
-            return file
-    known = ", ".join(file.path.stem for file in files) or "none; train one with: python -m hypersd distill tscd"
-    raise InputError(f"there is no LoRA {name[:60]!r}; choose from {known}")
 
 
 def steps_for(parent: AdapterFile, steps: int | None) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor
 from hypersd import adapters, distill
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
-from hypersd.feedback.reward import Look, Reward, keep_best
+from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
 from hypersd.generate import denoise
 from hypersd.methods import Stage
@@ -202,7 +202,7 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
     """
     training = Run(objective, recipe, folder)
     look = keep_best(training, "picked", every=EVERY, patience=PATIENCE)
-    before = objective_looks(folder)[0]
+    before = looks_in(folder)[0].value
     if look.step == 0:
         raise Problem(
             f"in {training.step} updates nothing was liked better than {objective.parent.path.name} by the reward that "
@@ -213,12 +213,6 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
     adapters.save(folder / "feedback.safetensors", feedback, replace(made, rank=objective.asked.rank))
     both = added(adapters.load(objective.parent.path), feedback)
     return Refined(adapters.save(path, both, made), look, before)
-
-
-def objective_looks(folder: Path) -> list[float]:
-    import json
-
-    return [look["value"] for look in json.loads((folder / "looks.json").read_text(encoding="utf-8"))]
 
 
 def card(objective: Refinement, training: Run, name: str, look: Look, told: dict[str, Any]) -> Adapter:

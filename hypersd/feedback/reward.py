@@ -32,7 +32,7 @@ from hypersd.train import Recipe, Run, Step
 
 RECIPE = Recipe(updates=600, batch=32, lr=6e-4, warmup=20, cooldown=300, weight_decay=0.2, ema=0.98)
 EVERY, PATIENCE = 25, 8  # updates between two looks at the held-out pairs, looks without a better one until it ends
-CARD = "reward.json"
+CARD, LOOKS = "reward.json", "looks.json"
 
 
 class Reward(Protocol):
@@ -184,9 +184,8 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
     Raises:
         Problem: `minutes` were up before the end; or a measure was not finite.
     """
-    file, best = run.folder / "looks.json", run.folder / "best.safetensors"
-    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    looks = [Look(**look) for look in told if look["step"] <= run.step]
+    file, best = run.folder / LOOKS, run.folder / "best.safetensors"
+    looks = [look for look in looks_in(run.folder) if look.step <= run.step]
     while True:
         due = run.step % every == 0 or run.step >= run.recipe.updates  # a run that was killed may be in between
         if due and (not looks or looks[-1].step < run.step):
@@ -207,6 +206,12 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
             )
     _load(run, best)
     return chosen
+
+
+def looks_in(folder: Path) -> list[Look]:
+    """What was measured in a run's folder so far, the start first."""
+    file = folder / LOOKS
+    return [Look(**look) for look in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 def _save(run: Run, path: Path) -> None:

@@ -10,6 +10,7 @@ take an instance segmentation model of transformers, with the masks of COCO.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,8 +123,6 @@ class Segmenting:
 
 
 def hash_of(rows: Sequence[artwork.Picture]) -> str:
-    import hashlib
-
     return hashlib.sha256("".join(row.sha256 for row in rows).encode()).hexdigest()[:16]
 
 

@@ -34,8 +34,11 @@ def comparing(screen: Screen) -> Callable[..., AsyncGenerator[Answer, None]]:
         guidance: float | None = None,
         negative_prompt: str = "",
         reference: bool = False,
+        nag: float | None = None,
     ) -> AsyncGenerator[Answer, None]:
         """Draw one prompt from one noise with several methods (None: all of them), and the reference if asked for.
+
+        Guidance above 1 leads away from the negative prompt; where a method has none, `nag` does, 1 to 20.
 
         Each panel is {method, title, reference, problem, unread, png, provenance}: `png` is a data address with the
         provenance inside, `problem` a sentence where a method cannot draw this request, `unread` the end of a prompt
@@ -45,7 +48,7 @@ def comparing(screen: Screen) -> Callable[..., AsyncGenerator[Answer, None]]:
             names = list(screen.methods) if methods is None else methods
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise InputError(f"methods must be a list of names from {', '.join(screen.methods)}")
-            request = Request(prompt, seed, steps, guidance, negative_prompt=negative_prompt)
+            request = Request(prompt, seed, steps, guidance, negative_prompt=negative_prompt, nag=nag)
             board = Board(plan(request, names, screen.methods, screen.reference if reference else None), "")
         except InputError as problem:
             raise gr.Error(str(problem), print_exception=False) from None

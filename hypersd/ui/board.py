@@ -98,6 +98,8 @@ def permalink(request: Request, methods: Sequence[str], reference: bool) -> str:
         query["guidance"] = f"{request.guidance:g}"
     if request.negative_prompt:
         query["negative"] = request.negative_prompt
+    if request.nag is not None:
+        query["nag"] = f"{request.nag:g}"
     if not reference:
         query["reference"] = 0
     return "?" + urlencode(query)

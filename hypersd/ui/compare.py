@@ -15,7 +15,7 @@ import gradio as gr
 
 from hypersd.engine import Draw, News, Shelf, plan, stream
 from hypersd.pictures import Sheet
-from hypersd.records import InputError, Request
+from hypersd.records import NAG_SCALE, InputError, Request
 from hypersd.sweep import MethodRow, allowed_steps, spans
 from hypersd.ui import prompts
 from hypersd.ui.board import Board, State, address, permalink, sheet
@@ -79,13 +79,16 @@ class Fields:
     reference: gr.CheckboxGroup
     guidance: gr.Textbox
     negative: gr.Textbox
+    nag: gr.Textbox
     trail: gr.Checkbox
     go: gr.Button
     stop: gr.Button
 
     @property
     def inputs(self) -> list[Any]:
-        return [self.prompt, self.seed, self.steps, self.names, self.reference, self.guidance, self.negative]
+        return [
+            self.prompt, self.seed, self.steps, self.names, self.reference, self.guidance, self.negative, self.nag
+        ]  # fmt: skip
 
     @property
     def restored(self) -> list[Any]:
@@ -137,8 +140,12 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
             max_lines=1,
         )  # fmt: skip
         negative = gr.Textbox(
-            "", label="Negative prompt", info="What should not be there; counts with a guidance above 1",
+            "", label="Negative prompt", info="What should not be there", placeholder="red",
             elem_id="hs-negative", max_lines=2,
+        )  # fmt: skip
+        nag = gr.Textbox(
+            f"{NAG_SCALE:g}", label="How far from it", info="1 to 20, for methods without guidance; empty: not at all",
+            elem_id="hs-nag", max_lines=1,
         )  # fmt: skip
         trail = gr.Checkbox(
             False, label="Show every step", info="A strip under each panel of what the network had in mind",
@@ -148,7 +155,7 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
     quick.input(None, quick, steps, js="(n) => n", **QUIET)
     steps.change(None, steps, quick, js=pick, **QUIET)
     new_seed.click(None, None, seed, js="() => Math.floor(Math.random() * 1e6)", **QUIET)
-    return Fields(prompt, steps, quick, seed, ticked, reference, guidance, negative, trail, go, stop)
+    return Fields(prompt, steps, quick, seed, ticked, reference, guidance, negative, nag, trail, go, stop)
 
 
 def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
@@ -174,11 +181,12 @@ def comparison(screen: Screen) -> Callable[..., AsyncGenerator[tuple[Any, ...], 
     """The function behind Compare, a generator; closing it ends the computation at the next network call."""
 
     async def run(
-        prompt: Any, seed: Any, steps: Any, names: Any, reference: Any, guidance: Any, negative: Any, trail: Any,
-        past: Any,
+        prompt: Any, seed: Any, steps: Any, names: Any, reference: Any, guidance: Any, negative: Any, nag: Any,
+        trail: Any, past: Any,
     ) -> AsyncGenerator[tuple[Any, ...], None]:  # fmt: skip
         try:
-            request = Request(prompt, seed, steps, _or_none(guidance), negative_prompt=negative or "")
+            away = _or_none(nag) if _or_none(negative) else None  # its field is not even there
+            request = Request(prompt, seed, steps, _or_none(guidance), negative_prompt=negative or "", nag=away)
             cells = plan(request, _names(names), screen.methods, screen.reference if reference else None)
         except InputError as problem:
             yield say(str(problem)), {"status": "refused"}, gr.skip(), gr.skip(), gr.skip()
@@ -260,7 +268,7 @@ def with_steps(event: gr.EventData) -> list[Any]:
 def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:
     """Values for the form from a permalink's query, `gr.skip()` for what it does not say or says wrongly."""
     if "prompts" in query:  # a sweep's link
-        return [gr.skip()] * 8
+        return [gr.skip()] * 9
     names = [name for name in known if name in query.get("methods", "").split(",")]
     steps = _figure(query.get("steps"))
     return [
@@ -271,6 +279,7 @@ def restore(query: Mapping[str, str], known: Sequence[str]) -> list[Any]:
         ([] if query["reference"] == "0" else ["yes"]) if "reference" in query else gr.skip(),
         query.get("guidance", gr.skip()),
         query.get("negative", gr.skip()),
+        query.get("nag", "" if "negative" in query else gr.skip()),
         steps if steps in QUICK_STEPS else gr.skip() if steps == gr.skip() else None,
     ]
 

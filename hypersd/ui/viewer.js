@@ -228,7 +228,7 @@
         el('span', { title: tile.kept ? 'measured when these pixels were first drawn' : 'from request to pixels' }, `${f.seconds.toFixed(2)} s`));
       const noise = el('button', { type: 'button', class: 'hs-hash', title: `initial noise, sha256 ${f.noise_sha256}; click to copy`,
         onclick: () => hypersd.copy(f.noise_sha256) }, `noise ${f.noise_sha256.slice(0, 8)}`);
-      const fine = el('p', { class: 'hs-fine' }, `guidance ${+f.guidance.toFixed(2)}`, el('span', {}, f.sampler + (f.eta ? ` η ${+f.eta.toFixed(2)}` : '')), noise);
+      const fine = el('p', { class: 'hs-fine' }, `guidance ${+f.guidance.toFixed(2)}${f.nag ? `, NAG ${+f.nag.toFixed(2)}` : ''}`, el('span', {}, f.sampler + (f.eta ? ` η ${+f.eta.toFixed(2)}` : '')), noise);
       const parts = [title, cost, fine];
       if (tile.unread) parts.push(el('p', { class: 'hs-unread' }, unread(tile)));
       if (this.tiles.length > 1 && i !== this.ref) parts.push(el('p', { class: 'hs-numbers' }, ...this.numbersBetween(i, this.ref)));
