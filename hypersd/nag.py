@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
-TAU, ALPHA = 2.5, 0.5  # the paper's for networks of this kind (appendix C)
+TAU, ALPHA = 2.5, 0.5  # as its makers draw with networks of this kind
 CROSS = ".attn2.processor"  # the attention to the text in each block, as diffusers names it
 
 
 def carried_away(positive: Tensor, negative: Tensor, scale: float, tau: float = TAU, alpha: float = ALPHA) -> Tensor:
     """The output of an attention, led away from that of another text. [..., tokens, channels] three times."""
     z, away = positive.float(), negative.float()
-    extrapolated = z + (scale - 1) * (z - away)  # eq. 7
+    extrapolated = z + (scale - 1) * (z - away)
     norm = extrapolated.abs().sum(-1, keepdim=True)
     limit = tau * z.abs().sum(-1, keepdim=True)
-    normalised = extrapolated * (limit / norm.clamp_min(1e-12)).clamp_max(1)  # eq. 8 and 9: no longer than tau times z
-    return z.lerp(normalised, alpha).to(positive.dtype)  # eq. 10
+    normalised = extrapolated * (limit / norm.clamp_min(1e-12)).clamp_max(1)  # no longer than tau times z
+    return z.lerp(normalised, alpha).to(positive.dtype)
 
 
 class Away:

@@ -15,7 +15,7 @@ from typing import Any
 
 PROMPT_CHARACTERS = 500
 SEED_MAX = 2**32 - 1
-NAG_SCALE = 2.0  # offered where a negative prompt is typed: more takes the prompt itself away, with the emoji model
+NAG_SCALE = 2.0  # offered where a negative prompt is typed
 STEPS_MAX = 1000  # no schedule here has more timesteps; each method allows fewer
 FINAL = -1  # the place after timestep 0 where a drawing of the base model ends
 CLEAN = 0  # timestep at which a distilled drawing ends: abar_0, not 1, as in diffusers' TCDScheduler

@@ -249,3 +249,12 @@ def test_what_rests_elsewhere_comes_and_goes(folder: Path, backbone: Backbone) -
     panel = draw(resting, Request("a cat", 3, 2, 1.0), BASE)
     assert panel.pixels == draw(backbone, Request("a cat", 3, 2, 1.0), BASE).pixels
     assert moves == [f"{part} to {place}" for part in ("text", "text 2", "decoder") for place in ("cpu", "meta")]
+
+
+def test_a_negative_prompt_without_guidance(backbone: Backbone) -> None:
+    """Only the sequence takes part in cross-attention: the pooled state and the sizes stay those of the prompt."""
+    plain, near, away = (
+        draw(backbone, Request("a cat", 3, 2, 1.0, negative_prompt=negative, nag=nag), BASE).pixels
+        for negative, nag in (("", None), ("a cat", 4.0), ("a red dog", 4.0))
+    )
+    assert near == plain != away
