@@ -219,6 +219,25 @@ def _parts(backbone: str) -> list[str]:
     return there
 
 
+def sheet_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arms", required=True, help="columns with commas, such as base@25,hyper@1")
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
+    parser.add_argument("--sets", help="frozen prompt sets, with commas (default: all four)")
+    parser.add_argument("--prompts", help="a text file instead, one prompt a line")
+    parser.add_argument("--limit", default=4, help="prompts a set, spread evenly (default: %(default)s)")
+    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    parser.add_argument("--out", default="sheet.png", help="PNG to write, provenance inside (default: %(default)s)")
+
+
+def sheet_command(given: argparse.Namespace) -> None:
+    from hypersd.evaluate import plan, sheet
+
+    columns = sheet.arms(given.arms)
+    wanted = plan.make(backbone=given.backbone, sets=given.sets, file=given.prompts, limit=given.limit, seeds=1)
+    sheet.make(wanted, columns, Path(given.out), given.backbone, given.engine)
+    print(f"{given.out}: {len(wanted.prompts)} prompts by {len(columns)} columns")
+
+
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
@@ -417,6 +436,7 @@ COMMANDS = {
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
     **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),
+    "sheet": Command("prompts in rows, methods in columns, as one picture", sheet_arguments, sheet_command),
     "bench": Command("how fast it is here", bench_arguments, bench_command),
     "emoji": Command("make the embedded model, part by part", emoji_arguments, emoji_command),
     "space": Command("lay out the folder of a Hugging Face Space", space_arguments, space_command),

@@ -53,7 +53,7 @@ def test_says_which_words_were_ignored(tiny_folder: Path, tmp_path: Path, capsys
         (["--guidance", "lots"], "guidance must be a number from 0 to 30"),
         (["--eta", "2"], "eta must be a number from 0 to 1"),
         (["--method", "tcdd"], "method must be one of base"),
-        (["--backbone", "sd99"], "backbone must be one of emoji, sd15 or a model's folder"),
+        (["--backbone", "sd99"], "backbone must be one of emoji, sd15, sdxl, sd3, flux or a model's folder"),
         (["--out", "none/x.png"], "the folder none does not exist"),
         (["--out", "x.jpg"], "pictures are saved as PNG"),
     ],

@@ -1,0 +1,58 @@
+"""Frozen prompts in rows, methods at step counts in columns, one noise a row: a sheet on which nothing was picked.
+
+python -m hypersd sheet --arms base@25,hyper@1,hyper@4 --sets seen --limit 8 --out sheet.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from hypersd.backbone import Backbone
+from hypersd.evaluate.plan import Arm, Plan
+from hypersd.generate import draw
+from hypersd.methods import find
+from hypersd.pictures import Sheet, check_png_path, save_sheet
+from hypersd.records import InputError, whole_number
+
+WIDEST = 12  # columns
+
+
+def arms(text: str) -> list[Arm]:
+    """Columns as they are typed, such as "base@25,hyper@1".
+
+    Raises:
+        InputError: one has no step count, or there are none or too many.
+    """
+    found = []
+    for part in (piece.strip() for piece in text.split(",") if piece.strip()):
+        name, _, steps = part.rpartition("@")
+        if not name:
+            raise InputError(f"a column is a method and a number of steps such as hyper@1, got {part[:40]!r}")
+        found.append(Arm(name, whole_number(steps, f"steps of {name}", 1, 1000)))
+    if not 1 <= len(found) <= WIDEST:
+        raise InputError(f"a sheet has 1 to {WIDEST} columns, got {len(found)}; give --arms with commas")
+    return found
+
+
+def make(plan: Plan, columns: Sequence[Arm], out: Path, backbone: str, engine: str = "torch") -> None:
+    """Draw the plan's prompts in these columns and write the sheet, its provenance inside.
+
+    Raises:
+        InputError: a method is unknown here or was not made for so many steps, or the path cannot be written.
+    """
+    out, methods = check_png_path(out), dict(plan.methods)
+    squares = [
+        (plan.request(number, 0, arm), find(arm.method, methods))
+        for number in range(len(plan.prompts))
+        for arm in columns
+    ]
+    for request, method in squares[: len(columns)]:
+        method.check(request)
+    model = Backbone.load(backbone, engine=engine)
+    panels = [draw(model, request, method) for request, method in tqdm(squares, desc="sheet", unit="picture")]
+    heads = [f"{methods[arm.method].title}, {arm.steps}" for arm in columns]
+    rows = [prompt.text for prompt in plan.prompts]
+    save_sheet(Sheet(panels, columns=len(columns), rows=rows, heads=heads), out)
