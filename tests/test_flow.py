@@ -95,6 +95,7 @@ def test_hyper_sds_loras_are_drawn_as_their_card_says(
     unpinned = Release(**{**vars(release), "sha256": ""})
     kept = releases.fetch(unpinned, backbone.network_sha256, tmp_path / "lora", taken(tmp_path / "theirs.safetensors"))
     method = discover([kept], backbone.network_sha256)["tscd-cfg"]
+    assert release.segments in method.steps
     with torch.inference_mode():
         ours = denoise(backbone, Request(PROMPT, SEED, release.segments), method)
         plain = denoise(backbone, Request(PROMPT, SEED, release.segments, release.guidance), BASE)

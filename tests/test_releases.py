@@ -49,7 +49,7 @@ def taken(path: Path) -> Callable[[str, str], Path]:
 def test_every_release_is_drawn_as_its_method_allows(release: Release) -> None:
     card = release.card("b", 64)
     method = METHODS[card.method]
-    assert method.adapted and (card.segments in method.steps or card.segments == 1)
+    assert method.adapted
     assert card.guidance > 1 if method.name.endswith("-cfg") else card.guidance == 1
     assert release.licence and release.megabytes > 0
     file = adapters.AdapterFile(Path(f"{release.name}.safetensors"), "s", card)
@@ -57,6 +57,7 @@ def test_every_release_is_drawn_as_its_method_allows(release: Release) -> None:
     assert (row.eta, row.guidance, row.licence) == (release.eta, release.guidance, release.licence)
     assert row.spacing == release.spacing
     assert row.adapter(max(release.segments, row.steps.low)) == file
+    assert release.segments in row.steps or release.segments == 1
 
 
 def test_files_of_one_backbone_have_names_of_their_own() -> None:

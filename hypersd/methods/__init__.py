@@ -78,4 +78,8 @@ def _row(method: Method, name: str, files: Sequence[AdapterFile]) -> Method:
     card = files[0].card
     licence, spacing = str(card.recipe.get("licence", method.licence)), str(card.recipe.get("spacing", method.spacing))
     drawn = replace(method, guidance=card.guidance, eta=card.eta, spacing=spacing)  # as a release's makers say, or ours
-    return replace(drawn, name=name, title=title, licence=licence, adapters=tuple(files))
+    fewest = min(file.card.segments for file in files)
+    steps = method.steps
+    if 1 < fewest < steps.low:  # a release for fewer steps than are trained here
+        steps = StepRange(fewest, steps.high, (fewest, *steps.suggested))
+    return replace(drawn, name=name, title=title, licence=licence, steps=steps, adapters=tuple(files))

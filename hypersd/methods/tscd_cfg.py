@@ -20,7 +20,7 @@ METHOD = Method(
     summary="TSCD in 8 segments with guidance and negative prompts left to the one who draws.",
     sampler="TCD",
     step=step,
-    steps=StepRange(4, 24, suggested=(8, 16, 24)),
+    steps=StepRange(8, 24, suggested=(8, 16, 24)),
     guidance=4.0,
     eta=0.0,
     otherwise="for fewer steps choose tscd or hyper",
