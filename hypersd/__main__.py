@@ -49,10 +49,10 @@ def draw_command(given: argparse.Namespace) -> None:
 
     method = methods.find(given.method, methods.installed(given.backbone))
     method.check(request)
-    from hypersd.backbone import Backbone
+    from hypersd.backbone import load_best
     from hypersd.generate import draw
 
-    backbone = Backbone.load(given.backbone, engine=given.engine)
+    backbone = load_best(given.backbone, given.engine)
     for text in (request.prompt, request.negative_prompt):
         if ignored := backbone.truncated(text):
             print(f"note: too long for {backbone.name}, this part is ignored: {ignored}", file=sys.stderr)

@@ -54,7 +54,7 @@ class Backbone:
         if self.vae.config.get("force_upcast") and self.vae.dtype == torch.float16:
             self.vae.float()  # it overflows in half precision
         self.decoder = self.vae  # or a quicker one
-        self.parts = [part for part in parts.values() if isinstance(part, nn.Module)]
+        self.components = parts
         self.device: torch.device = self.unet.device
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_shape: tuple[int, int, int] = self._latent_shape()
@@ -438,6 +438,12 @@ CLASSES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
+
+
+def load_best(name_or_folder: str | Path, engine: str = "torch") -> Backbone:
+    """A model where and as it draws best on this machine. Raises as `Backbone.load` does."""
+    device, dtype = best_device(str(name_or_folder)) if engine == "torch" else ("cpu", torch.float32)
+    return Backbone.load(name_or_folder, device=device, dtype=dtype, engine=engine)
 
 
 def best_device(name: str) -> tuple[str, torch.dtype]:

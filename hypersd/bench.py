@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from hypersd import intervals
+from hypersd import folders, intervals
 from hypersd.adapters import beside, found
-from hypersd.backbone import Backbone
+from hypersd.backbone import Backbone, load_best
 from hypersd.folders import BACKBONES
 from hypersd.generate import draw
 from hypersd.methods import Method, discover, find
@@ -62,7 +62,7 @@ def run(
     need("matplotlib")
     rounds = whole_number(rounds, "rounds", 3, 1000)
     started = time.perf_counter()
-    backbone = Backbone.load(name)
+    backbone = load_best(name)
     once = {"load": time.perf_counter() - started}
     started = time.perf_counter()
     draw(backbone, Request(PROMPT, SEED, STEPS[-1]), find("base"))
@@ -94,6 +94,8 @@ def in_turn(work: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, 
         number = len(taken[label])
         started = time.perf_counter()
         work[label](number)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else it has only been asked for
         taken[label].append(time.perf_counter() - started)
     return taken
 
@@ -125,10 +127,11 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
         work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
         rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [ours], "more"))
     rows += _side_by_side(backbone, stock, work)
-    if importlib.util.find_spec("openvino") and backbone.device.type == "cpu" and backbone.dtype == torch.float32:
+    plain = backbone.device.type == "cpu" and backbone.dtype == torch.float32 and backbone.denoiser == "unet"
+    if importlib.util.find_spec("openvino") and plain:
         same = backbone.name if backbone.name in BACKBONES else backbone.folder
         rows += _compiled(Backbone.load(same, engine="openvino"), work)
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx") and backbone.device.type == "cpu":
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx") and plain:
         rows += _exported(backbone, work)
     return work, rows
 
@@ -233,27 +236,27 @@ def _together_rows(engine: str, methods: Sequence[Method]) -> list[Row]:
 
 def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:
     """diffusers' pipeline on the same weights, precision and steps, as its documentation calls it."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    import diffusers
 
-    pipeline = StableDiffusionPipeline(
-        vae=backbone.vae,
-        text_encoder=backbone.text_encoder,
-        tokenizer=backbone.tokenizer,
-        unet=backbone.unet,
-        scheduler=DDIMScheduler.from_pretrained(
-            backbone.folder, subfolder="scheduler", timestep_spacing="trailing", clip_sample=False
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    kind = folders.read_json(backbone.folder, backbone.name, "model_index.json")["_class_name"]
+    given: dict[str, Any] = {"subfolder": "scheduler"}
+    if backbone.denoiser == "unet":
+        given |= {"timestep_spacing": "trailing", "clip_sample": False}
+    scheduler = diffusers.DDIMScheduler if backbone.denoiser == "unet" else diffusers.FlowMatchEulerDiscreteScheduler
+    own: dict[str, Any] = {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
+    if kind == "StableDiffusionPipeline":
+        own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, kind)(
+        **backbone.components, scheduler=scheduler.from_pretrained(backbone.folder, **given), **own
     )
     pipeline.set_progress_bar_config(disable=True)
 
     def call(number: int, steps: int, guidance: float) -> Any:
         generator = torch.Generator().manual_seed(SEED)
         return pipeline(
-            f"{PROMPT} {number}", num_inference_steps=steps, guidance_scale=guidance, generator=generator
-        ).images[0]
+            f"{PROMPT} {number}", num_inference_steps=steps, guidance_scale=guidance, generator=generator,
+            height=backbone.picture_px, width=backbone.picture_px,
+        ).images[0]  # fmt: skip
 
     return call
 
@@ -277,6 +280,7 @@ def machine() -> dict[str, Any]:
     """What the timings were taken on."""
     return {
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -103,7 +103,8 @@ def borrowed_seconds(calls: int, gigabytes: float) -> int:
 
 
 def _gigabytes(backbone: Any) -> float:
-    return sum(weight.numel() * weight.element_size() for part in backbone.parts for weight in part.parameters()) / 1e9
+    parts = [part for part in backbone.components.values() if hasattr(part, "parameters")]
+    return sum(weight.numel() * weight.element_size() for part in parts for weight in part.parameters()) / 1e9
 
 
 @contextmanager

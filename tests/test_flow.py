@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_releases import taken
 from torch import Tensor
 
-from hypersd import releases
+from hypersd import bench, releases
 from hypersd.backbone import Backbone, Flux, StableDiffusion3
 from hypersd.distill import loader
 from hypersd.folders import ModelError
@@ -140,3 +140,10 @@ def test_the_long_encoder_is_looked_for(models: dict[str, Backbone], tmp_path: P
 
 def test_each_family_has_its_class(models: dict[str, Backbone]) -> None:
     assert type(models["sd3"]) is StableDiffusion3 and type(models["flux"]) is Flux
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_bench_compares_with_the_pipeline_of_the_family(models: dict[str, Backbone], name: str) -> None:
+    theirs = np.asarray(bench._stock(models[name])(7, 2, 3.5)).astype(int)
+    ours = draw(models[name], Request(f"{bench.PROMPT} 7", bench.SEED, 2, 3.5), BASE)
+    assert np.abs(np.asarray(to_image(ours)).astype(int) - theirs).max() <= 1

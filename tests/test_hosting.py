@@ -69,7 +69,7 @@ def lender(monkeypatch: pytest.MonkeyPatch) -> Lender:
 
 
 def model() -> Any:
-    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "", steps=[], parts=[])
+    return SimpleNamespace(sha256="weights", truncated=lambda prompt: "", steps=[], components={})
 
 
 def test_each_picture_borrows_a_gpu_for_as_long_as_its_calls_need(lender: Lender) -> None:
@@ -131,7 +131,7 @@ def test_the_weights_in_memory_are_counted(lender: Lender) -> None:
     heavy = torch.nn.Module()
     heavy.weight = torch.nn.Parameter(torch.empty(3_000_000_000, dtype=torch.float16, device="meta"))
     large = model()
-    large.parts = [heavy]
+    large.components = {"unet": heavy, "tokenizer": object()}
     draw = gpu_draw(METHODS, paint)
     assert draw is not None
     draw(large, CAT, METHODS["lcm"])

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from hypersd import network
+from hypersd import bench, network
 from hypersd.backbone import Backbone, StableDiffusionXL
 from hypersd.distill import Distillation, Settings
 from hypersd.folders import ModelError, network_sha256
@@ -76,6 +76,13 @@ def test_pixels_equal_the_stock_pipelines(backbone: Backbone, pipeline: StableDi
     ours = np.asarray(to_image(draw(backbone, Request("a happy cat", 3, 2, 4.0), BASE))).astype(int)
     assert ours.shape == (64, 64, 3)
     assert np.abs(ours - np.asarray(stock).astype(int)).max() <= 1 and ours.std() > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*config attributes:UserWarning")
+def test_the_bench_compares_with_the_pipeline_of_the_family(backbone: Backbone) -> None:
+    theirs = np.asarray(bench._stock(backbone)(7, 2, 4.0)).astype(int)
+    ours = draw(backbone, Request(f"{bench.PROMPT} 7", bench.SEED, 2, 4.0), BASE)
+    assert np.abs(np.asarray(to_image(ours)).astype(int) - theirs).max() <= 1
 
 
 def test_states_hold_all_that_the_network_is_told(backbone: Backbone, pipeline: StableDiffusionXLPipeline) -> None:

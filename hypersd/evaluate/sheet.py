@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hypersd.backbone import Backbone
+from hypersd.backbone import load_best
 from hypersd.evaluate.plan import Arm, Plan
 from hypersd.generate import draw
 from hypersd.methods import find
@@ -51,7 +51,7 @@ def make(plan: Plan, columns: Sequence[Arm], out: Path, backbone: str, engine: s
     ]
     for request, method in squares[: len(columns)]:
         method.check(request)
-    model = Backbone.load(backbone, engine=engine)
+    model = load_best(backbone, engine)
     panels = [draw(model, request, method) for request, method in tqdm(squares, desc="sheet", unit="picture")]
     heads = [f"{methods[arm.method].title}, {arm.steps}" for arm in columns]
     rows = [prompt.text for prompt in plan.prompts]
