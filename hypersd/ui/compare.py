@@ -136,7 +136,7 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
     with gr.Accordion("More", open=False, elem_id="hs-more"), gr.Row():
         # Text, since Gradio's number field turns empty into 0 when it is first shown, and 0 is a guidance.
         guidance = gr.Textbox(
-            "", label="Guidance", info="0 to 30; empty takes what each method was made for", elem_id="hs-guidance",
+            "", label="Guidance", info="0 to 30; empty: each method's own", elem_id="hs-guidance",
             max_lines=1,
         )  # fmt: skip
         negative = gr.Textbox(
@@ -144,7 +144,7 @@ def _settings(screen: Screen, prompt: gr.Textbox, go: gr.Button, stop: gr.Button
             elem_id="hs-negative", max_lines=2,
         )  # fmt: skip
         nag = gr.Textbox(
-            f"{NAG_SCALE:g}", label="How far from it", info="1 to 20, for methods without guidance; empty: not at all",
+            f"{NAG_SCALE:g}", label="How far from it", info="1 to 20 without guidance; empty: none",
             elem_id="hs-nag", max_lines=1,
         )  # fmt: skip
         trail = gr.Checkbox(

@@ -90,7 +90,7 @@ def _form(screen: Screen) -> Fields:
             )  # fmt: skip
         with gr.Accordion("More", open=False, elem_id="hs-sweep-more"), gr.Row():
             guidance = gr.Textbox(
-                "", label="Guidance", info="0 to 30; empty takes what each method was made for", max_lines=1,
+                "", label="Guidance", info="0 to 30; empty: each method's own", max_lines=1,
                 elem_id="hs-sweep-guidance",
             )  # fmt: skip
             negative = gr.Textbox(
