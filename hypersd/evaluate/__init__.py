@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
-
 from hypersd import bench
 from hypersd.backbone import Backbone
 from hypersd.evaluate import gallery, ladder, plan, report, scoring
 from hypersd.evaluate.measures import METRICS, Metric
 from hypersd.evaluate.plan import Plan
+from hypersd.train import processes
 
 
 def run(
@@ -33,7 +32,7 @@ def run(
         ModelError: the backbone cannot be loaded.
     """
     bench.need("matplotlib", "pyarrow")
-    state = PartialState()
+    state = processes()
     backbone = Backbone.load(backbone_name, device=str(state.device), engine=engine)
     wanted = gallery.possible(wanted, backbone)
     record = wanted.record(backbone)
