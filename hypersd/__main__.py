@@ -334,6 +334,33 @@ def distill_command(given: argparse.Namespace) -> None:
         print(f"{file.path}: {file.card.segments} segment(s), {file.card.updates} updates, sha256 {file.sha256[:12]}")
 
 
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl, or a model's folder, whose weights are "
+                        "not read (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--method", default="tscd", help="what is trained (default: %(default)s)")
+    parser.add_argument("--gpus", default=1, help="how many (default: %(default)s)")
+    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, l40s or rtx4090 (default: %(default)s)")
+    parser.add_argument("--utilisation", help="share of its peak that is used (default: a guess, which is printed)")
+    parser.add_argument("--price-per-hour", help="of one GPU (default: no costs are told)")
+    for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
+                         ("accumulate", "micro-batches an update on each GPU")):  # fmt: skip
+        parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
+
+
+def plan_command(given: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from hypersd import distill, plan
+
+    machines = plan.Machines.of(given.gpu, given.gpus, given.utilisation, given.price_per_hour)
+    method = distill.find(given.method)
+    settings, recipe, _ = distill.preset(given.backbone)
+    changed = {k: v for k in ("updates", "batch", "accumulate") if (v := getattr(given, k)) is not None}
+    settings = settings if given.rank is None else replace(settings, rank=given.rank)
+    for line in plan.on_paper(given.backbone, method, settings, replace(recipe, **changed), machines):
+        print(line)
+
+
 def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, float]:
     """ "3-8" -> (3.0, 8.0), "4" -> (4.0, 4.0)"""
     if text is None:
@@ -434,6 +461,7 @@ COMMANDS = {
         "pictures and captions from an index of LAION's or COYO's kind", gather_arguments, gather_command
     ),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
+    "plan": Command("what a training would take on GPUs that need not be here", plan_arguments, plan_command),
     **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),
     "sheet": Command("prompts in rows, methods in columns, as one picture", sheet_arguments, sheet_command),

@@ -218,7 +218,8 @@ class Run:
         if self.processes.num_processes > 1:
             for name in sums:
                 gradients = [p.grad for p in _trainable(self.networks[name]) if p.grad is not None]
-                together = reduce(torch.cat([sums[name].reshape(1), *(g.flatten() for g in gradients)]), "sum")
+                parts = torch.cat([sums[name].reshape(1), *(g.flatten() for g in gradients)])
+                together = reduce(parts.to(self.processes.device), "sum")  # a small model on the CPU beside GPUs, too
                 sums[name] = together[0]
                 for mine, whole in zip(gradients, together[1:].split([g.numel() for g in gradients]), strict=True):
                     mine.copy_(whole.view_as(mine))

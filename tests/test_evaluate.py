@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from judged import Thumbnails, make_artwork
+from test_shared import launcher
 
 from hypersd import evaluate, quality
 from hypersd.__main__ import COMMANDS, main
@@ -283,8 +284,7 @@ def test_killed_and_shared_by_processes_it_is_the_same_report(tiny_folder: Path,
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     finish(start(tiny_folder, tmp_path / "killed"))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
-    finish(start(tiny_folder, tmp_path / "shared", *launcher))
+    finish(start(tiny_folder, tmp_path / "shared", *launcher(), "-m"))
     assert reports(tmp_path / "killed") == reports(tmp_path / "whole") == reports(tmp_path / "shared")
 
 

@@ -22,7 +22,7 @@ ROWS = [
     "compiled roles adversary releases wardrobe",
     "backbone",
     "methods",
-    "generate sweep",
+    "generate sweep cost",
     "distill",
     "plan bench hosting space",
     "throughput",

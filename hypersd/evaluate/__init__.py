@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
-
 from hypersd import bench
 from hypersd.backbone import Backbone
 from hypersd.evaluate import gallery, ladder, plan, report, scoring
 from hypersd.evaluate.measures import METRICS, Metric
 from hypersd.evaluate.plan import Plan
+from hypersd.train import processes
 
 
 def run(
@@ -33,14 +32,14 @@ def run(
         ModelError: the backbone cannot be loaded.
     """
     bench.need("matplotlib", "pyarrow")
-    backbone = Backbone.load(backbone_name, device=str(PartialState().device), engine=engine)
+    backbone = Backbone.load(backbone_name, device=str(processes().device), engine=engine)
     return run_on(backbone, wanted, folder, metrics, artwork)
 
 
 def run_on(backbone: Backbone, wanted: Plan, folder: Path, metrics: Sequence[Metric], artwork: Path) -> Path | None:
     """The same on a backbone that is in memory."""
     bench.need("matplotlib", "pyarrow")
-    state = PartialState()
+    state = processes()
     wanted = gallery.possible(wanted, backbone)
     record = wanted.record(backbone)
     plan.claim(folder, record)

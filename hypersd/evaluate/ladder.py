@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 
 from hypersd import intervals
@@ -32,6 +31,7 @@ from hypersd.evaluate.measures import METRICS, Evidence, Metric, Texts, measured
 from hypersd.evaluate.plan import Arm, Plan
 from hypersd.evaluate.scoring import Yardstick
 from hypersd.records import InputError
+from hypersd.train import processes
 
 FILE = "emoji-ladder.json"  # in assets: the ladder.json of the embedded model, once it was climbed
 HOLDS = 0.9  # Kendall's tau
@@ -89,7 +89,7 @@ def run(
     Raises:
         InputError: no judge or no artwork, both of which the ladder is made of; or the folder is another plan's.
     """
-    state = PartialState()
+    state = processes()
     yard = Yardstick.load(artwork, list(METRICS.values()))
     for thing in (yard.judge, yard.real):
         if isinstance(thing, str):

@@ -208,11 +208,13 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
             f"in {training.step} updates nothing was liked better than {objective.parent.path.name} by the reward that "
             f"was not optimised ({before:.3f} at the start); nothing was written"
         )
-    feedback = objective.roles["ema"].adapter()
-    made = card(objective, training, name, look, told)
-    adapters.save(folder / "feedback.safetensors", feedback, replace(made, rank=objective.asked.rank))
-    both = added(adapters.load(objective.parent.path), feedback)
-    return Refined(adapters.save(path, both, made), look, before)
+    if training.processes.is_main_process:
+        feedback = objective.roles["ema"].adapter()
+        made = card(objective, training, name, look, told)
+        adapters.save(folder / "feedback.safetensors", feedback, replace(made, rank=objective.asked.rank))
+        adapters.save(path, added(adapters.load(objective.parent.path), feedback), made)
+    training.processes.wait_for_everyone()
+    return Refined(adapters.inspect(path), look, before)
 
 
 def card(objective: Refinement, training: Run, name: str, look: Look, told: dict[str, Any]) -> Adapter:

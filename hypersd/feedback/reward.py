@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -185,17 +186,19 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
         Problem: `minutes` were up before the end; or a measure was not finite.
     """
     file, best = run.folder / LOOKS, run.folder / "best.safetensors"
-    looks = [look for look in looks_in(run.folder) if look.step <= run.step]
+    looks = _of_first([look for look in looks_in(run.folder) if look.step <= run.step])
     while True:
         due = run.step % every == 0 or run.step >= run.recipe.updates  # a run that was killed may be in between
         if due and (not looks or looks[-1].step < run.step):
-            value = (run.measures if run.measures else run.draw())[by]
+            value = _of_first((run.measures if run.measures else run.draw()).get(by))
             if not np.isfinite(value):
                 raise Problem(f"{by} is {value} after {run.step} updates in {run.folder}; nothing was written")
-            if all(value > look.value for look in looks):
-                _save(run, best)
+            better = all(value > look.value for look in looks)
             looks.append(Look(run.step, value))
-            file.write_text(json.dumps([asdict(look) for look in looks]), encoding="utf-8")
+            if run.processes.is_main_process:
+                if better:
+                    _save(run, best)
+                file.write_text(json.dumps([asdict(look) for look in looks]), encoding="utf-8")
         chosen = max(looks, key=lambda look: (look.value, -look.step), default=Look(run.step, -np.inf))
         behind = sum(look.step > chosen.step for look in looks)
         if run.step >= run.recipe.updates or behind >= patience:
@@ -204,6 +207,7 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
             raise Problem(
                 f"{run.folder.name}: {run.step} updates done, time is up; run the same command again to go on"
             )
+    run.processes.wait_for_everyone()
     _load(run, best)
     return chosen
 
@@ -212,6 +216,12 @@ def looks_in(folder: Path) -> list[Look]:
     """What was measured in a run's folder so far, the start first."""
     file = folder / LOOKS
     return [Look(**look) for look in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+
+
+def _of_first(mine: Any) -> Any:
+    """What the first of several processes has: it alone draws, so that all see the same looks and stop together."""
+    (theirs,) = broadcast_object_list([mine])
+    return theirs
 
 
 def _save(run: Run, path: Path) -> None:
@@ -282,7 +292,9 @@ def train(
         threshold=objective.threshold(),
         seed=recipe.seed,
     )
-    export(objective.reward, out, card)
+    if run.processes.is_main_process:
+        export(objective.reward, out, card)
+    run.processes.wait_for_everyone()
     return card
 
 
