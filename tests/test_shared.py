@@ -19,10 +19,10 @@ from listing import ROOT
 from safetensors.torch import load_file
 from test_feedback import made
 
-from hypersd.adapters import found
+from hypersd.adapters import found, named
 from hypersd.backbone import Backbone
 from hypersd.emoji import scorer
-from hypersd.feedback import loop, refl, reward
+from hypersd.feedback import refl, reward
 from hypersd.train import Recipe, processes
 
 CONFIG = ROOT / "hypersd/accelerate/ddp.yaml"
@@ -39,7 +39,7 @@ def launcher() -> list[str]:
 
 def refined(folder: Path, accumulate: int) -> None:
     """A LoRA that is taught to draw warm colours, with a random model and parent."""
-    parent = loop.parent_of(found(folder.parent / "lora"), "tscd-4")
+    parent = named(found(folder.parent / "lora"), "tscd-4")
     objective = made(Backbone.load(folder.parent / "model"), parent, prompts=liking.PROMPTS[:2])
     recipe = Recipe(updates=3, batch=4, lr=2e-2, warmup=2, weight_decay=0.0, ema=0.5, accumulate=accumulate)
     refl.run(objective, recipe, folder / "run", folder / "new.safetensors", "tscd-new")
