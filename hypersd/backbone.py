@@ -40,7 +40,7 @@ class Backbone:
     denoiser = "unet"  # the part that is one
     trainable = True
     tells_guidance = False  # whether the network is told the scale of guidance, instead of being called twice
-    spares_memory = False  # whether it has been told to
+    spares_memory = False  # whether a full GPU made it
 
     def __init__(
         self, name: str, folder: Path, licence: str, parts: dict[str, Any], schedule: Schedule, engine: str = "torch"
@@ -74,7 +74,7 @@ class Backbone:
         decoder: str = "",
         offload: bool = False,
     ) -> Backbone:
-        """A preset of BACKBONES by name, or any folder in StableDiffusionPipeline layout.
+        """A preset of BACKBONES by name, or any folder that diffusers wrote of a pipeline in CLASSES.
 
         Only a hub preset may use the network, and only for what is not in the local cache yet. `engine` is what
         draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only. `decoder` is "quick"
