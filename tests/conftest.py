@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from voting import in_memory
 
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
+
+
+def pytest_configure() -> None:
+    """Workers side by side share the cores instead of fighting for them, and so do the programs that they start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5's true architecture with random weights: one update, one comparison. Slow, and large.
 
-One by one they say what each takes: `python -m pytest -m slow -s tests/test_large.py -k update`, or `-k methods`.
+One by one they say what each takes: `python -m pytest -n 0 -m slow -s tests/test_large.py -k update`, or `-k methods`.
 """
 
 from __future__ import annotations
