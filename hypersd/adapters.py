@@ -101,6 +101,8 @@ def load(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); copy it again") from problem
+    if any(re.search("(double|single)_blocks", key) for key in tensors):
+        tensors = _flux_renamed(path)
     adapter = (
         _from_kohya(tensors, path) if any(k.startswith(KOHYA) for k in tensors) else _from_diffusers(tensors, path)
     )
@@ -162,6 +164,17 @@ def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
             raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds {key}")
         adapter[f"{found[1]}.{halves[found[2]]}"] = tensor.float()
     return adapter
+
+
+def _flux_renamed(path: Path) -> dict[str, Tensor]:
+    """FLUX's own names, in which queries, keys and values are one layer, as diffusers' names and layers."""
+    from diffusers import FluxPipeline
+
+    try:
+        tensors: dict[str, Tensor] = FluxPipeline.lora_state_dict(str(path), local_files_only=True)
+    except Exception as problem:  # diffusers raises anything from KeyError to its own
+        raise AdapterError(f"{path.name} is no LoRA of FLUX that can be read ({type(problem).__name__})") from problem
+    return tensors
 
 
 def _from_kohya(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

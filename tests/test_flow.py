@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_releases import taken
 from torch import Tensor
 
-from hypersd import bench, releases
+from hypersd import adapters, bench, releases
 from hypersd.backbone import Backbone, Flux, StableDiffusion3
 from hypersd.distill import loader
 from hypersd.folders import ModelError
@@ -102,6 +102,26 @@ def test_hyper_sds_loras_are_drawn_as_their_card_says(
     theirs, _ = stock(backbone, release.segments, release.guidance, lora=tmp_path / "theirs.safetensors")
     torch.testing.assert_close(ours.x, theirs, rtol=2e-3, atol=2e-3)
     assert (ours.x - plain.x).abs().max() > 0.02  # the adapter does something
+
+
+def test_fluxs_own_names_and_fused_layers_are_read(tmp_path: Path) -> None:
+    """As kohya's trainer writes them: one layer for queries, keys and values, and an alpha."""
+    width, rank, stem = 32, 4, "lora_unet_double_blocks_0_img_attn_qkv"
+    torch.manual_seed(0)
+    down, up = torch.randn(rank, width), torch.randn(3 * width, rank)
+    theirs = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
+    save_file(theirs, tmp_path / "x.safetensors")
+    found = adapters.load(tmp_path / "x.safetensors")
+    layers = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    assert found.keys() == {f"{layer}.{half}" for layer in layers for half in ("lora_A", "lora_B")}
+    deltas = torch.cat([found[f"{layer}.lora_B"] @ found[f"{layer}.lora_A"] for layer in layers])
+    torch.testing.assert_close(deltas, up @ down * 2.0 / rank)
+
+
+def test_names_that_only_look_like_fluxs_are_told(tmp_path: Path) -> None:
+    save_file({"lora_unet_double_blocks_0_odd.lora_down.weight": torch.ones(2, 4)}, tmp_path / "x.safetensors")
+    with pytest.raises(adapters.AdapterError, match=r"x\.safetensors"):
+        adapters.load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("even", [True, False])
