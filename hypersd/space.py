@@ -20,7 +20,7 @@ from hypersd.records import InputError
 
 ROOT = Path(__file__).parent.parent
 PYTHON, TORCH = "3.12.12", ">=2.8,<2.12"
-SOURCES = (".py", ".css", ".html", ".js")
+SOURCES = (".py", ".css", ".html", ".js", ".yaml")
 EMBEDDED = ("emoji-sd", "emoji-lora", "measured", "study.yaml", "CREDITS.md")  # of assets
 LARGE = 10_000_000  # bytes; above that the hub takes a file by LFS only
 ATTRIBUTES = "".join(f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in ("safetensors", "png"))

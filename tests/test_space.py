@@ -25,7 +25,7 @@ from hypersd.space import ATTRIBUTES, LARGE, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 ALLOWED = re.compile(
-    r"app\.py|README\.md|LICENSE|requirements\.txt|\.gitattributes|hypersd/[\w/]+\.(py|css|html|js)"
+    r"app\.py|README\.md|LICENSE|requirements\.txt|\.gitattributes|hypersd/[\w/]+\.(py|css|html|js|yaml)"
     r"|assets/(emoji-sd|emoji-lora|measured)/[\w/.-]+|assets/(study\.yaml|CREDITS\.md)"
 )
 

@@ -228,7 +228,8 @@ def adapters(model: Path, folder: Path, rank: int = 2, only: tuple[str, ...] = (
         torch.manual_seed(1)
         backbone = Backbone.load(model)
         role = Roles(backbone.unet).add("any", rank=rank)
-        for method in (m for m in METHODS.values() if m.adapted and (not only or m.name in only)):
+        wanted = [m for m in METHODS.values() if m.adapted and (not only or m.name in only)]
+        for method in sorted(wanted, key=lambda m: not m.stages):  # those trained here first: each keeps its numbers
             for segments in [stage.segments for stage in method.stages] or method.steps.suggested:
                 random = {name: 0.1 * torch.randn_like(tensor) for name, tensor in role.adapter().items()}
                 card = Adapter(
