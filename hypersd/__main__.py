@@ -165,7 +165,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artwork", default="runs/emoji/artwork", help="the real pictures (default: %(default)s)")
     parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick, -ablation or "
                         "-ladder)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="4 prompts a set, 2 drawings, teacher of 25 steps")
+    parser.add_argument("--quick", action="store_true", help="3 prompts a set, 2 drawings, teacher of 25 steps")
     parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="into assets too: what the app and the reports go by")
     parser.add_argument("--ladder", action="store_true", help="ask which metrics can be believed, of the base model")

@@ -25,7 +25,7 @@ STEPS, TEACHER_STEPS = "1,2,4,8", "25,50"
 SEEDS_MAX = 64
 GIVEN = "given"  # the set of a person's own prompt file
 PLAN = "plan.json"
-QUICK = 4  # prompts a set
+QUICK = 3  # prompts a set
 
 
 @dataclass(frozen=True, order=True)
