@@ -15,6 +15,7 @@ import tiny
 import torch
 
 from hypersd.backbone import Backbone
+from hypersd.cost import CONFIGS
 from hypersd.distill import Distillation, preset
 from hypersd.generate import draw
 from hypersd.methods import METHODS, discover
@@ -30,7 +31,7 @@ def sd15() -> Any:
     from diffusers import UNet2DConditionModel
 
     dtype = torch.bfloat16 if has_bfloat16("cpu") else torch.float32
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).to(dtype)
+    unet = UNet2DConditionModel(**CONFIGS["sd15"]).to(dtype)
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     return SimpleNamespace(
         name="sd15",
@@ -104,7 +105,7 @@ def full(folder: Path) -> Path:
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
         vae=vae.half(), text_encoder=CLIPTextModel(text).half(), tokenizer=tiny.tokenizer(),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).half(),
+        unet=UNet2DConditionModel(**CONFIGS["sd15"]).half(),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hypersd import adapters, releases
 from hypersd.backbone import Backbone
+from hypersd.cost import CONFIGS
 from hypersd.generate import denoise
 from hypersd.methods import discover
 from hypersd.records import InputError, Request
@@ -134,20 +135,9 @@ KNOWN = {
 }  # fmt: skip
 
 
-def sdxl() -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
-
-
 def test_stabilitys_names_mean_layers_of_the_true_network() -> None:
-    layers = dict(sdxl().named_modules())
+    with torch.device("meta"):
+        layers = dict(UNet2DConditionModel(**CONFIGS["sdxl"]).named_modules())
     for name, expected in KNOWN.items():
         assert adapters._dotted(name) == expected
         assert expected in layers

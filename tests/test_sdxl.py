@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hypersd import bench, network
 from hypersd.backbone import Backbone, StableDiffusionXL
+from hypersd.cost import CONFIGS
 from hypersd.distill import Distillation, Settings
 from hypersd.folders import ModelError, network_sha256
 from hypersd.generate import denoise, draw
@@ -175,17 +176,10 @@ def test_half_precision_files_are_enough(folder: Path, tmp_path: Path) -> None:
     assert Backbone.load(copied).network_sha256 == network_sha256(copied) != network_sha256(folder)
 
 
-def test_sdxl_at_its_true_size_is_told_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdxl_at_its_true_size_is_told_as_much() -> None:
     """On meta tensors: 2.57 billion parameters, states of 78 rows, no picture."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+        unet = UNet2DConditionModel(**CONFIGS["sdxl"])
         assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
         assert network.pooled_width(unet) == 1280
         sequence, pooled = torch.zeros(2, 77, 2048), torch.zeros(2, 1280)
