@@ -8,10 +8,10 @@ whatever the family.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 SIZES = 6
 
@@ -45,6 +45,4 @@ def packed(sequence: Tensor, pooled: Tensor, sizes: tuple[int, ...] = ()) -> Ten
     last = sequence.new_zeros(len(sequence), 1, sequence.shape[2])
     last[:, 0, : pooled.shape[1]] = pooled
     last[:, 0, pooled.shape[1] : pooled.shape[1] + len(sizes)] = sequence.new_tensor(sizes)
-    import torch
-
     return torch.cat([sequence, last], dim=1)

@@ -24,6 +24,7 @@ from rows import METHODS
 from hypersd import pictures, ui
 from hypersd.engine import Engine
 from hypersd.records import Request
+from hypersd.ui.prompts import EXAMPLES
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 if not CHROMIUM.exists():
@@ -411,7 +412,7 @@ def test_downloads_carry_metadata_or_not(viewer: Visit) -> None:
     with page.expect_download() as first:
         page.get_by_label("Download LCM, 4 steps as PNG").click()
     assert first.value.suggested_filename == "lcm-4-steps-seed-1.png"
-    expected = paint(Request("a happy cat, fluent style", 1, 4), "lcm")
+    expected = paint(Request(EXAMPLES[0], 1, 4), "lcm")
     assert pictures.read_png(first.value.path()) == expected
     page.get_by_label("metadata").uncheck()
     with page.expect_download() as second:
@@ -487,7 +488,7 @@ def test_keys_work_and_leave_typing_alone(visit: Visit, demo: gr.Blocks) -> None
     visit.open(address(demo))
     page.locator("body").click(position={"x": 3, "y": 3})
     page.keyboard.press("r")
-    page.wait_for_function("document.querySelector('#hs-prompt textarea').value !== 'a happy cat, fluent style'")
+    page.wait_for_function("document.querySelector('#hs-prompt textarea').value !== '" + EXAMPLES[0] + "'")
     page.keyboard.press("n")
     page.wait_for_function("document.querySelector('#hs-seed input').value !== '1'")
     page.keyboard.press("/")
@@ -581,7 +582,7 @@ def test_a_sweep_in_the_history_is_drawn_again(visit: Visit, demo: gr.Blocks) ->
     visit.wait_for_grid(12)
     assert page.input_value("#hs-sweep-prompts textarea") == "a blue fish\na red & green cat?"
     assert page.input_value("#hs-sweep-steps input") == "2,8"
-    assert page.input_value("#hs-prompt textarea") == "a happy cat, fluent style"
+    assert page.input_value("#hs-prompt textarea") == EXAMPLES[0]
 
 
 def test_a_sweep_that_cannot_be_is_answered_calmly(visit: Visit, demo: gr.Blocks) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 STYLES = ("fluent", "noto", "twemoji", "fluent flat", "noto classic", "emojione", "firefox", "streamline")
 
-EXAMPLES = (
+EXAMPLES = (  # the first is what the app opens with
+    "a blue heart, twemoji style",
+    "a smiling face with sunglasses, noto style",
+    "a cactus in a pot, noto style",
+    "a rocket, fluent style",
     "a happy cat, fluent style",
     "a slice of pizza, noto style",
-    "a blue heart, twemoji style",
-    "a rocket, fluent style",
-    "a cactus in a pot, noto style",
-    "a sleepy panda, firefox style",
 )
 
 SUBJECTS = (
