@@ -106,6 +106,16 @@ def test_captions_are_dropped_and_styled_as_often_as_said(runs: Path) -> None:
     assert share(styled) == pytest.approx((1 - teacher.EMPTY) * teacher.STYLED, abs=0.03)
 
 
+def test_training_takes_noise_levels_by_the_logit_normal_law() -> None:
+    schedule = teacher.Schedule.from_config(teacher.scheduler().config)
+    below = teacher.noise_levels(schedule)
+    assert below.diff().min() > 0 and below[-1] == 1
+    logit = (1 / schedule.alphas_cumprod.double() - 1).log() / 2  # of sigma / (alpha + sigma): half the log of 1 / SNR
+    t = torch.searchsorted(below, torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64))
+    assert logit[t].mean().item() == pytest.approx(teacher.NOISE[0], abs=0.02)
+    assert logit[t].std().item() == pytest.approx(teacher.NOISE[1], abs=0.05)
+
+
 def test_sampling_with_a_network_that_knows_the_answer_returns_it() -> None:
     """A v-network built around one clean latent leads every noise to it, whatever the guidance."""
     schedule = teacher.Schedule.from_config(teacher.scheduler().config)
