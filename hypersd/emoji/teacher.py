@@ -159,9 +159,11 @@ def _weights_digest(folder: Path) -> str:
 
 
 def noise_levels(schedule: Schedule) -> Tensor:
-    """How likely training takes a timestep up to t, float64 [1000]: logit-normal in sigma / (alpha + sigma), the noise's
-    share (arXiv:2403.03206, section 3.1). Uniform timesteps spend half of the loss above t = 700, where a picture is
-    a guess from its caption and the network learns the pictures by heart; this spreads the loss about evenly.
+    """How likely training takes a timestep up to t, float64 [1000]: logit-normal in the noise's share.
+
+    The share is sigma / (alpha + sigma), as in arXiv:2403.03206, section 3.1. Uniform timesteps spend half of the loss
+    above t = 700, where a picture is a guess from its caption and the network learns the pictures by heart; this
+    spreads the loss about evenly.
     """
     alpha, sigma = schedule.alphas_cumprod.double().sqrt(), (1 - schedule.alphas_cumprod.double()).sqrt()
     share = sigma / (alpha + sigma)
