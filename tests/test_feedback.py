@@ -29,7 +29,7 @@ from hypersd.evaluate import judges, plan
 from hypersd.feedback import loop, refl, reward, structure
 from hypersd.feedback.refl import Asked, Refinement, added
 from hypersd.feedback.structure import Instances, Outline, Segmenter, wrongness
-from hypersd.generate import draw
+from hypersd.generate import denoise, draw
 from hypersd.methods import discover
 from hypersd.plan import counted
 from hypersd.records import InputError, Item, Problem, Request
@@ -75,6 +75,11 @@ def made(backbone: Backbone, parent: AdapterFile, asked: Asked | None = None, **
         asked=asked or Asked(4, weight=5.0, rank=2),
         **given,
     )
+
+
+class Cold(Warm):
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -warmth(pixels)
 
 
 # ------------------------------------------------------------------------------------------------- structure
@@ -196,6 +201,24 @@ def test_the_feedback_can_be_merged_at_another_scale(backbone: Backbone, parent:
     assert torch.equal(both[name].split([2, 2], along)[1], alone[name])
 
 
+def test_a_second_turn_goes_on_where_the_first_ended(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
+    """It begins with the first turn's pictures, keeps the distilled part, and makes no longer LoRA; tastes change."""
+    first = refl.run(made(backbone, parent), RECIPE, tmp_path / "run", tmp_path / "new.safetensors", "tscd-new").file
+    objective = made(Backbone.load(backbone.folder), first, rewards=[Cold()], picker=Cold())
+    assert torch.equal(objective.drawn(), objective.drawn(refined=False))
+    row = discover([first], backbone.network_sha256)["tscd-new"]
+    fresh = Backbone.load(backbone.folder)
+    drawn = [denoise(fresh, Request(p, n, 4, guidance=1.0), row).x for n, p in enumerate(PROMPTS[:3])]
+    torch.testing.assert_close(objective.drawn(), torch.cat(drawn), rtol=1e-3, atol=1e-3)
+    second = refl.run(objective, RECIPE, tmp_path / "run2", tmp_path / "newer.safetensors", "tscd-newer").file
+    assert second.card.rank == first.card.rank == parent.card.rank + 2
+    old, new = (refl.parted(adapters.load(file.path), 2) for file in (first, second))
+    assert all(torch.equal(old[0][name], new[0][name]) for name in old[0])
+    assert any(not torch.equal(old[1][name], new[1][name]) for name in old[1])
+    with pytest.raises(InputError, match="with rank 2 and goes on with it, got rank 3; leave --rank out"):
+        made(Backbone.load(backbone.folder), first, Asked(4, rank=3))
+
+
 def test_a_threshold_that_is_reached_asks_for_nothing(backbone: Backbone, parent: AdapterFile) -> None:
     class Content(Warm):
         threshold = -100.0
@@ -227,10 +250,6 @@ def test_a_reward_that_breaks_leaves_nothing(backbone: Backbone, parent: Adapter
 
 
 def test_where_nothing_is_better_nothing_is_written(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
-    class Cold(Warm):
-        def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-            return -warmth(pixels)
-
     with pytest.raises(Problem, match="nothing was liked better than tscd-4"):
         refl.run(made(backbone, parent, picker=Cold()), replace(RECIPE, updates=20), tmp_path / "a",
                  tmp_path / "x.safetensors", "n")  # fmt: skip

@@ -108,7 +108,7 @@ def _refining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="steps to draw with (default: one a segment of the parent)")
     parser.add_argument("--mode", default="reuse", help="reuse or rollout (default: %(default)s)")
     parser.add_argument("--weight", type=float, default=0.05, help="of the rewards (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="of the feedback's LoRA (default: %(default)s)")
+    parser.add_argument("--rank", type=int, help="of the feedback's LoRA (default: 8, or what the parent has already)")
     parser.add_argument("--updates", type=int, help="at most so many (default: the preset's)")
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
 
@@ -156,10 +156,11 @@ def refine_run(given: argparse.Namespace) -> Lines:
 
 def _asked(given: argparse.Namespace, parent: AdapterFile) -> Asked:
     from hypersd.feedback import loop
-    from hypersd.feedback.refl import Asked
+    from hypersd.feedback.refl import RANK, Asked, learned_rank
 
+    rank = learned_rank(parent.card) or RANK if given.rank is None else given.rank
     return Asked(loop.steps_for(parent, given.steps), given.mode, real_number(given.weight, "weight", 0.0, 100.0),
-                 structure=getattr(given, "structure", 0.0), rank=given.rank)  # fmt: skip
+                 structure=getattr(given, "structure", 0.0), rank=rank)  # fmt: skip
 
 
 def _refining(given: argparse.Namespace) -> Recipe:

@@ -2,8 +2,9 @@
 
     python -m hypersd refine tscd-4
 
-What is learned is a LoRA of its own on top of the distilled one, which stays as it is. Each reward asks for no more
-than its threshold, ReLU(alpha - r) (eq. 13). The distillation loss stays on, since a reward alone leads away from
+What is learned is a LoRA of its own on top of the distilled one, which stays as it is; a LoRA that was refined before
+goes on with the part that feedback taught it, so that no turn of the loop makes it longer. Each reward asks for no
+more than its threshold, ReLU(alpha - r) (eq. 13). The distillation loss stays on, since a reward alone leads away from
 pictures (trainers' experience: colours too rich, then noise). A reward that is not optimised picks the update to keep
 and ends the run.
 
@@ -41,6 +42,7 @@ from hypersd.train import Recipe, Run, Step
 MODES = ("reuse", "rollout")
 RECIPE = Recipe(updates=200, batch=16, lr=2e-4, warmup=10, cooldown=50, weight_decay=0.0, ema=0.95)
 EVERY, PATIENCE = 20, 4
+RANK = 8  # of a first turn's LoRA
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Asked:
     weight: float = 0.05
     structure: float = 0.0
     pictures: int = 4
-    rank: int = 8
+    rank: int = RANK
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -82,7 +84,8 @@ class Refinement(distill.Distillation):
         """`prompts` are what `picker` looks at; none of them may be learned from.
 
         Raises:
-            InputError: the parent is of a method that is not known, or of another base; no reward is given.
+            InputError: the parent is of a method that is not known, or of another base, or has learned from feedback
+                with another rank; no reward is given.
         """
         method = distill.find(parent.card.method)
         if not rewards and not structure:
@@ -92,10 +95,26 @@ class Refinement(distill.Distillation):
                          replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed)  # fmt: skip
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
-        self.roles.add("parent", rank=parent.card.rank, trainable=False)
-        self.roles["parent"].load_adapter(adapters.load(parent.path))
+        self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
+
+    def _wear(self, parent: dict[str, Tensor], learned: int) -> None:
+        """The parent's distilled ranks as one role that stays; what feedback taught it, if it did, to go on with."""
+        if learned and learned != self.asked.rank:
+            raise InputError(
+                f"{self.parent.path.name} has learned from feedback with rank {learned} and goes on with it, "
+                f"got rank {self.asked.rank}; leave --rank out"
+            )
+        distilled, taught = parted(parent, learned)
+        self.roles.add("parent", rank=self.parent.card.rank - learned, trainable=False)
+        self.roles["parent"].load_adapter(distilled)
+        self._before = ["parent"]
+        if learned:
+            self.roles.add("before", rank=learned, trainable=False)
+            self._before.append("before")
+            for role in ("before", "student", "ema"):
+                self.roles[role].load_adapter(taught)
 
     def describe(self) -> dict[str, Any]:
         told = super().describe()
@@ -175,7 +194,7 @@ class Refinement(distill.Distillation):
     def drawn(self, *, refined: bool = True) -> Tensor:
         """Latents of the prompts at the step count asked for, a noise of its own for each. [prompts, c, h, w]"""
         row = replace(self.method, adapted=False, eta=self.parent.card.eta)
-        with self.roles.wear("parent", *(["student"] if refined else [])):
+        with self.roles.wear(*(["parent", "student"] if refined else self._before)):
             return torch.cat([
                 denoise(self.backbone, Request(prompt, number, self.asked.steps, guidance=1.0), row).x
                 for number, prompt in enumerate(self.settings.prompts)
@@ -212,7 +231,7 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
         feedback = objective.roles["ema"].adapter()
         made = card(objective, training, name, look, told)
         adapters.save(folder / "feedback.safetensors", feedback, replace(made, rank=objective.asked.rank))
-        adapters.save(path, added(adapters.load(objective.parent.path), feedback), made)
+        adapters.save(path, added(objective.roles["parent"].adapter(), feedback), made)
     training.processes.wait_for_everyone()
     return Refined(adapters.inspect(path), look, before)
 
@@ -223,7 +242,7 @@ def card(objective: Refinement, training: Run, name: str, look: Look, told: dict
     return replace(
         parent,
         name=name,
-        rank=parent.rank + objective.asked.rank,
+        rank=parent.rank - learned_rank(parent) + objective.asked.rank,
         updates=look.step,
         data=objective.data.digest,
         commit=distill.commit(),
@@ -238,6 +257,18 @@ def added(*loras: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: torch.cat([lora[name] for lora in loras if name in lora], along[name.rsplit(".", 1)[1]]) for name in names
     }
+
+
+def parted(lora: dict[str, Tensor], last: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `added` put side by side: a LoRA without its last ranks, and these."""
+    cuts = {n: t.tensor_split([t.shape[d] - last], d) for n, t in lora.items() for d in [0 if n.endswith("A") else 1]}
+    return {name: cut[0] for name, cut in cuts.items()}, {name: cut[1] for name, cut in cuts.items()}
+
+
+def learned_rank(card: Adapter) -> int:
+    """How many of a LoRA's ranks, the last ones, feedback taught it; 0 if it was never refined."""
+    asked = card.recipe.get("asked")
+    return int(asked.get("rank", 0)) if isinstance(asked, dict) else 0
 
 
 def share_better(after: Sequence[float], before: Sequence[float]) -> np.ndarray:
