@@ -282,8 +282,8 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", default="runs/distill", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
     parser.add_argument("--name", help="of its row in the app (default: the method's)")
-    parser.add_argument("--begin", help="the LoRA to start from, a file's name there, such as tscd-1 (default: the "
-                        "method's own, if it goes on from another)")  # fmt: skip
+    parser.add_argument("--begin", help="the LoRA to start from: a file's name there, such as tscd-1, or the path "
+                        "of one, of another base too (default: the method's, if it goes on from another)")  # fmt: skip
     parser.add_argument("--guidance", help="the teacher's scale, or a range such as 3-8 (default: the preset's)")
     for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
                          ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
@@ -298,7 +298,7 @@ def distill_command(given: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from hypersd import distill
-    from hypersd.adapters import beside, found, named
+    from hypersd.adapters import beside, found, inspect, named
     from hypersd.emoji import training
 
     method = distill.find(given.method)
@@ -318,6 +318,10 @@ def distill_command(given: argparse.Namespace) -> None:
         Path(given.runs) / Path(given.backbone).name,
         Path(given.out) if given.out else beside(given.backbone)[1],
     )
+    begin = None
+    if given.begin:
+        is_path = given.begin.endswith(".safetensors")
+        begin = inspect(Path(given.begin)) if is_path else named(found(out), given.begin)
     files = distill.run(
         method,
         load,
@@ -327,7 +331,7 @@ def distill_command(given: argparse.Namespace) -> None:
         runs,
         out,
         name=given.name,
-        begin=named(found(out), given.begin) if given.begin else None,
+        begin=begin,
         minutes=given.minutes,
     )
     for file in files:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -135,12 +136,20 @@ class Distillation:
         self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
         self.start_sha256 = ""
 
-    def start_from(self, file: adapters.AdapterFile) -> None:
-        """Begin with the LoRA of an earlier stage, or of anybody. Raises InputError if it does not fit this base."""
+    def start_from(self, file: adapters.AdapterFile, *, chosen: bool = False) -> None:
+        """Begin with the LoRA of an earlier stage, or of anybody.
+
+        One that was `chosen` by hand may have been trained on another base of the same layers: a base that is trained
+        further, or tuned, is near enough to what it was for its LoRAs to be where training begins.
+
+        Raises:
+            InputError: it does not fit this base, or was trained on another one and not chosen.
+        """
         if file.card.base_sha256 != self.backbone.network_sha256:
-            raise InputError(
-                f"{file.path.name} was trained on another base than {self.backbone.name}; choose one of it"
-            )
+            other = f"{file.path.name} was trained on another base than {self.backbone.name}"
+            if not chosen:
+                raise InputError(f"{other}; train it again, or begin with it all the same: --begin {file.path}")
+            logging.getLogger(__name__).warning("%s: training only begins with it", other)
         for role in ("student", "ema"):
             self.roles[role].load_adapter(adapters.load(file.path))
         self.start_sha256 = file.sha256
@@ -390,7 +399,7 @@ def run(
         data = check_data(open_data(backbone), recipe)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
         if first := files[-1] if files else begin or _beginning(method, out):
-            objective.start_from(first)
+            objective.start_from(first, chosen=first is begin)
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
         file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)
         del backbone, data, objective

@@ -161,9 +161,29 @@ def test_any_method_can_begin_with_a_lora_that_is_named(
     assert {"dmd", "tscd", "tscd-dmd"} <= table.keys()
     with pytest.raises(InputError, match=r"there is no LoRA 'tscd-3'; choose from .*tscd-1"):
         adapters.named(tiny_adapters, "tscd-3")
-    other = start._replace(card=replace(start.card, base_sha256="0" * 64))
-    with pytest.raises(InputError, match=r"tscd-1\.safetensors was trained on another base than tiny"):
-        distill.run(METHODS["dmd"], *given, name="other", begin=other)
+
+
+def test_a_lora_of_another_base_is_begun_with_only_by_choice(
+    tiny_folder: Path, tmp_path: Path, tiny_adapters: Sequence[adapters.AdapterFile], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A teacher that was trained further begins with the LoRAs of what it was; what fits no layer is refused."""
+    start = adapters.named(tiny_adapters, "tscd-1")
+    older = adapters.save(
+        tmp_path / "out/tscd-1.safetensors", adapters.load(start.path), replace(start.card, base_sha256="0" * 64)
+    )
+    recipe = replace(RECIPE, updates=1, accumulate=1)
+    given = (lambda: Backbone.load(tiny_folder), Latents.of, SETTINGS, recipe, tmp_path / "runs", tmp_path / "out")
+    with pytest.raises(InputError, match=r"tscd-1\.safetensors was trained on another base than tiny.*--begin "):
+        distill.run(METHODS["hyper"], *given)
+    (made,) = distill.run(METHODS["dmd"], *given, begin=older)
+    assert "trained on another base than tiny" in caplog.text
+    assert made.card.recipe["start"] == older.sha256 and made.card.base_sha256 == start.card.base_sha256
+    moved = [float((a - b).abs().max()) for a, b in zip(
+        adapters.load(made.path).values(), adapters.load(older.path).values(), strict=True)]  # fmt: skip
+    assert 0 < max(moved) < 0.01, "one update away from where it began"
+    given = (*given[:2], replace(SETTINGS, rank=SETTINGS.rank + 1), *given[3:])
+    with pytest.raises(InputError, match="with another rank"):
+        distill.run(METHODS["dmd"], *given, name="other", begin=older)
 
 
 @pytest.mark.slow
