@@ -39,7 +39,7 @@ if __name__ == "__main__":
         engine.load_now()
     front = pool.Shared(engine)
     study = pool.prepare(front, methods)
-    demo = ui.build(front, methods, pool=study)
+    demo = ui.build(front, methods, pool=study, backbone=NAME)
     print(study.where)
     ui.serve(demo, prevent_thread_lock=True)
     if not on_gpu:  # lent to visitors only

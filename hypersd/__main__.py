@@ -204,7 +204,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
         elif given.publish:
             from hypersd.bench import publish
 
-            publish(out, "report.json", "quality.png")
+            publish(out, given.backbone, "report.json", "quality.png")
 
 
 def _parts(backbone: str) -> list[str]:
@@ -259,7 +259,7 @@ def bench_command(given: argparse.Namespace) -> None:
     content = bench.run(given.backbone, given.rounds, votes=_votes_per_second)
     bench.write(Path(given.out), content)
     if given.publish:
-        bench.publish(Path(given.out), "bench.json", "bench.png")
+        bench.publish(Path(given.out), given.backbone, "bench.json", "bench.png")
     print(bench.table(content))
 
 

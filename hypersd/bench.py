@@ -335,14 +335,12 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, f"{'memory at its peak':<48} {content['peak_memory_gb']:8.3f} GB"])
 
 
-MEASURED = Path(__file__).parent.parent / "assets" / "measured"  # what README and app show
-
-
-def publish(folder: Path, *names: str) -> None:
+def publish(folder: Path, backbone: str, *names: str) -> None:
     """Copy files of a results folder to where README and app show them."""
-    MEASURED.mkdir(exist_ok=True)
+    place = folders.measured(backbone)
+    place.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(folder / name, MEASURED / name)
+        shutil.copyfile(folder / name, place / name)
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:

@@ -144,6 +144,12 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
     return name, _fetch(name, preset), preset.licence
 
 
+def measured(name_or_folder: str) -> Path:
+    """Where README and app find what was measured of a backbone: a folder of its own for each but the embedded one."""
+    assets = Path(__file__).parent.parent / "assets" / "measured"
+    return assets if name_or_folder == "emoji" else assets / Path(name_or_folder).name
+
+
 def cached(name: str) -> Path | None:
     """The folder of a hub preset that is on this machine already; None if it is not, or no preset. Fetches nothing."""
     from huggingface_hub import try_to_load_from_cache

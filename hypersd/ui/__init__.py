@@ -19,6 +19,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from hypersd import folders
 from hypersd.engine import Draw
 from hypersd.pool import Missing, Pool
 from hypersd.sweep import MethodRow
@@ -54,6 +55,7 @@ def build(
     reference: tuple[str, int] = ("base", 25),
     credits: str | None = None,
     pool: Pool | Missing | None = None,
+    backbone: str = "emoji",
 ) -> gr.Blocks:
     """The app, not yet served. Nothing is drawn or loaded by building it.
 
@@ -63,6 +65,7 @@ def build(
         reference: method and step count that every panel is held against.
         credits: Markdown for the footer; None reads assets/CREDITS.md if there is one.
         pool: the blind study with its pictures; None for no tabs of it.
+        backbone: of which published figures are shown.
     """
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
@@ -86,7 +89,7 @@ def build(
         )  # fmt: skip
         api.add(screen)
         gr.HTML(f"<p>{ABOUT}</p>", elem_id="hs-footer", apply_default_css=False)
-        if figures := measured.page():
+        if figures := measured.page(folders.measured(backbone)):
             with gr.Accordion("Measured: quality and seconds of every method", open=False, elem_id="hs-measured"):
                 gr.HTML(figures, apply_default_css=False)
         if text := _credits() if credits is None else credits:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-FOLDER = Path(__file__).parents[2] / "assets" / "measured"
 
 
-def page(folder: Path = FOLDER) -> str:
+def page(folder: Path) -> str:
     """HTML of everything in the folder, "" if nothing is there; a file that cannot be read is told of in the log."""
     parts: list[str] = []
     for file, tell in (("report.json", _quality), ("bench.json", _speed)):
@@ -61,7 +60,9 @@ def _speed(content: Mapping[str, Any], folder: Path) -> Iterator[str]:
 def _plot(file: Path, alt: str) -> Iterator[str]:
     if file.is_file():  # inside the page: no address of a file is ever given out
         data = base64.b64encode(file.read_bytes()).decode()
-        yield f"<img src='data:image/png;base64,{data}' alt='{escape(alt)}' style='max-width:100%;border-radius:8px'>"
+        wide = "width:100%;min-width:900px;max-width:1320px;border-radius:8px"  # a phone scrolls rather than squints
+        image = f"<img src='data:image/png;base64,{data}' alt='{escape(alt)}' style='{wide}'>"
+        yield f"<div style='overflow-x:auto'>{image}</div>"
 
 
 def _head(about: Mapping[str, Any]) -> str:
