@@ -76,13 +76,15 @@ def tokenizer_of(part: str) -> str:
 class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
-    `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which
-    half precision it draws on a GPU. `quick` is a small decoder for its latents, on the hub.
+    `revision` is the commit of the repository that is fetched, whatever its makers change later. `variant` is
+    "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which half
+    precision it draws on a GPU. `quick` is a small decoder for its latents, on the hub.
     """
 
     source: str
     licence: str
     summary: str
+    revision: str = ""
     variant: str = ""
     half: str = "float16"
     quick: str = ""
@@ -98,12 +100,14 @@ BACKBONES = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "CreativeML OpenRAIL-M",
         "Stable Diffusion 1.5, 512 px, 4 GB from the Hugging Face hub",
+        revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         quick="madebyollin/taesd",
     ),
     "sdxl": Preset(
         "stabilityai/stable-diffusion-xl-base-1.0",
         "CreativeML OpenRAIL++-M",
         "Stable Diffusion XL, 1024 px, 7 GB from the Hugging Face hub",
+        revision="462165984030d82259a11f4367a4eed129e94a7b",
         variant="fp16",
         quick="madebyollin/taesdxl",
     ),
@@ -111,12 +115,14 @@ BACKBONES = {
         "stabilityai/stable-diffusion-3-medium-diffusers",
         "Stability AI Community License, to be accepted on the hub",
         "Stable Diffusion 3 medium, 1024 px, 16 GB from the Hugging Face hub; for drawing only",
+        revision="ea42f8cef0f178587cf766dc8129abd379c90671",
         quick="madebyollin/taesd3",
     ),
     "flux": Preset(
         "black-forest-labs/FLUX.1-dev",
         "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
         "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
+        revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
         half="bfloat16",
         quick="madebyollin/taef1",
     ),
@@ -156,7 +162,8 @@ def cached(name: str) -> Path | None:
 
     if name not in BACKBONES or name == "emoji":
         return None
-    file = try_to_load_from_cache(BACKBONES[name].source, "model_index.json")
+    preset = BACKBONES[name]
+    file = try_to_load_from_cache(preset.source, "model_index.json", revision=preset.revision)
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -177,7 +184,7 @@ def _fetch(name: str, preset: Preset) -> Path:
         wanted += [f"{part}/config.json", f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
         wanted += [f"{part}/{about.stem}.safetensors.index*.json"]
     try:
-        return Path(snapshot_download(preset.source, allow_patterns=wanted))
+        return Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ModelError(
             f"{name}: {preset.source} could not be fetched from the Hugging Face hub ({type(error).__name__}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -284,16 +285,22 @@ def test_another_family_is_told_apart(copy: Path) -> None:
 def test_a_hub_preset_fetches_only_what_is_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def snapshot(repository: str, allow_patterns: list[str]) -> str:
-        asked.update(repository=repository, patterns=allow_patterns)
+    def snapshot(repository: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
         return str(tiny_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     backbone = Backbone.load("sd15")
     assert (backbone.name, backbone.licence) == ("sd15", "CreativeML OpenRAIL-M")
     assert asked["repository"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert asked["revision"] == BACKBONES["sd15"].revision
     assert set(WEIGHT_PATHS) < set(asked["patterns"])
     assert not any("safety_checker" in pattern or ".bin" in pattern for pattern in asked["patterns"])
+
+
+def test_every_preset_of_the_hub_names_one_commit() -> None:
+    revisions = [preset.revision for name, preset in BACKBONES.items() if name != "emoji"]
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in revisions)
 
 
 def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
