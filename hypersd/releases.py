@@ -139,7 +139,8 @@ RELEASES = (
     *_pcm("sdxl", 394, {}),
     *(Release("lightning", "sdxl", "ByteDance/SDXL-Lightning", f"sdxl_lightning_{k}step_lora.safetensors", k, OPENRAIL,
               394, sha256)
-      for k, sha256 in ((2, ""), (4, "bf56cf2657efb15e465d81402ed481d1e11c4677e4bcce1bc11fe71ad8506b79"),
+      for k, sha256 in ((2, "04fafc778385b24144498a8247498ae4fb7a69f702ea0566bdce2845a31fcc43"),
+                        (4, "bf56cf2657efb15e465d81402ed481d1e11c4677e4bcce1bc11fe71ad8506b79"),
                         (8, "5aa30d94cdf7950a8b53a693682650ee061eddb128c5435a8f88defea73b2ac6"))),
     Release("flash", "sdxl", "jasperai/flash-sdxl", LORA, 2, NON_COMMERCIAL, 372,
             "afe2ca6e27c4c6087f50ef42772c45d7b0efbc471b76e422492403f9cae724d7", eta=1.0, spacing="original",
