@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import Any
 
 from hypersd import hosting, pool, safety, ui
 from hypersd.__main__ import main
 from hypersd.engine import Engine
 from hypersd.methods import installed
+from hypersd.records import InputError
 
 NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPERSD_ENGINE", "torch")
 
@@ -31,7 +33,10 @@ def device() -> tuple[str, Any]:
 if __name__ == "__main__":
     if wanted := os.environ.get("HYPERSD_FETCH"):  # a Space begins with an empty disk
         main(["fetch", NAME, *wanted.split(",")])
-    methods = installed(NAME)
+    try:
+        methods = installed(NAME)
+    except InputError as problem:
+        sys.exit(f"hypersd: {problem}")
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
     filter = safety.of(NAME, (lambda: ("cpu", None)) if on_gpu else device)  # lent for drawing only
     engine = Engine(load, methods, on_gpu, filter=filter)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hypersd.records import Adapter, InputError, real_number, whole_number
+from hypersd.single import laid_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -335,7 +336,7 @@ def beside(backbone: str) -> tuple[Path, Path]:
     The adapters of one from the hub lie in runs/lora, below the model's name.
     """
     assets = Path(__file__).parent.parent / "assets"
-    here, local = assets / f"{backbone}-sd", Path(backbone)
+    here, local = assets / f"{backbone}-sd", Path(laid_out(backbone))
     if here.is_dir():
         return here, assets / f"{backbone}-lora"
     return local, local / "lora" if local.is_dir() else Path("runs/lora") / local.name

@@ -19,6 +19,7 @@ from hypersd.folders import ModelError
 from hypersd.network import call, conditions, packed
 from hypersd.records import InputError
 from hypersd.schedule import FlowSchedule, Schedule
+from hypersd.single import laid_out
 from hypersd.wardrobe import GIGABYTE, Wardrobe
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Backbone:
         decoder: str = "",
         offload: bool = False,
     ) -> Backbone:
-        """A preset of BACKBONES by name, or any folder that diffusers wrote of a pipeline in CLASSES.
+        """A preset of BACKBONES by name, any folder that diffusers wrote of a pipeline in CLASSES, or a single file.
 
         Only a hub preset may use the network, and only for what is not in the local cache yet. `engine` is what
         draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only. `decoder` is "quick"
@@ -89,7 +90,7 @@ class Backbone:
             raise InputError(f"the engine must be one of {', '.join(ENGINES)}, got {engine[:40]!r}")
         if decoder and engine != "torch":
             raise InputError(f"the {engine} engine brings its own decoder; leave one of the two out")
-        name, folder, licence = folders.find_folder(name_or_folder)
+        name, folder, licence = folders.find_folder(laid_out(name_or_folder))
         folders.check_folder(folder, name)
         parts = folders.load_parts(folder, name, dtype)
         about = folders.parts(folder, name)

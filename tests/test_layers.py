@@ -16,7 +16,7 @@ from listing import ROOT, sources
 ROWS = [
     "records",
     "pictures schedule metrics quality intervals folders network",
-    "solvers",
+    "solvers single",
     "checkpoint muon adapters scores nag",
     "train data safety",
     "compiled roles adversary releases wardrobe",

@@ -1,0 +1,221 @@
+"""Checkpoints in one file, as they are passed around: laid out once as a folder in diffusers' layout.
+
+    python -m hypersd draw --backbone downloads/checkpoint.safetensors --prompt "a happy cat"
+
+Stable Diffusion 1.x and XL under their original names; diffusers translates them, and from then on the folder is like
+any other. Such a file has weights only. What else a pipeline needs, configurations and tokenizers, is that of the base
+model which the checkpoint was tuned from: from the hub's cache, or fetched (a few MB), or from a folder that
+HYPERSD_LAYOUT names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hypersd.folders import BACKBONES, FAMILIES, HEADER_MAX, ModelError, Part, read_json, write_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+FOLDERS = Path("runs/models")
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+OPEN_CLIP = "conditioner.embedders.1.model."
+TEXT = {"StableDiffusionPipeline": CLIP[:1], "StableDiffusionXLPipeline": (CLIP[1], OPEN_CLIP)}
+DESCRIBED = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*")  # of a folder, all but its weights
+PRESETS = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+OTHERS = {  # a name in a file -> what it is
+    "lora_": "a LoRA",
+    ".lora_A.": "a LoRA",
+    ".lora.": "a LoRA",
+    "cond_stage_model.model.": "of Stable Diffusion 2",
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
+    "joint_blocks.": "of Stable Diffusion 3",
+    "double_blocks.": "of FLUX",
+    "control_model.": "a ControlNet",
+}
+Header = Mapping[str, Any]
+
+
+def laid_out(name_or_path: str | Path) -> str | Path:
+    """The folder of a checkpoint in one file, laid out the first time; anything else comes back as it is.
+
+    The folder lies in runs/models under the file's name and a digest of what it was made from, so that another file of
+    the same name is laid out anew. Writing it takes as much room on the disk as the file.
+
+    Raises:
+        ModelError: it is damaged, no checkpoint of Stable Diffusion 1.x or XL, a pickle, or the base model's
+            configuration is not to be had.
+    """
+    file = Path(name_or_path)
+    if not str(name_or_path).endswith(ENDINGS) or not file.is_file():
+        return name_or_path
+    if file.suffix != ".safetensors":
+        raise ModelError(
+            f"{file.name} may be a pickle, which can run any code when it is opened; take the same checkpoint as "
+            ".safetensors, or convert it with a tool that you trust"
+        )
+    header = _header(file)
+    kind = family(header, file.name)
+    stat = file.stat()
+    told = json.dumps([header, stat.st_size, stat.st_mtime_ns, os.environ.get("HYPERSD_LAYOUT", "")], sort_keys=True)
+    folder = FOLDERS / f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    if not folder.is_dir():
+        _lay_out(file, header, kind, folder)
+    return folder
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """{tensor: {"dtype", "shape", "data_offsets"}}; the file is as long as it says."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > HEADER_MAX:
+                raise ValueError("header too long")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error) as error:
+        raise ModelError(f"{file.name} has no readable header ({type(error).__name__}); fetch it again") from error
+    if file.stat().st_size != expected:
+        raise ModelError(f"{file.name} has {file.stat().st_size:,} bytes instead of {expected:,}; fetch it again")
+    return header
+
+
+def family(header: Header, name: str) -> str:
+    """The pipeline of FAMILIES that a checkpoint is of, by the names in its header.
+
+    Raises:
+        ModelError: of none of those; says what it is, if that is known.
+    """
+    whole = any(key.startswith(UNET) for key in header) and any(key.startswith(VAE) for key in header)
+    for kind, prefixes in TEXT.items():
+        if whole and all(any(key.startswith(prefix) for key in header) for prefix in prefixes):
+            return kind
+    what = next((what for part, what in OTHERS.items() if any(part in key for key in header)), "no whole checkpoint")
+    raise ModelError(
+        f"{name} is {what}; choose a checkpoint of Stable Diffusion 1.x or XL in one file, with UNet, text encoders "
+        "and VAE in it"
+    )
+
+
+def _lay_out(file: Path, header: Header, kind: str, folder: Path) -> None:
+    """All or nothing: the folder gets its name when everything is in it. One part after the other is in memory."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    layout = _layout(kind)
+    FOLDERS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDERS, prefix=".laid-out-") as staging:
+        place = Path(staging) / folder.name
+        for path in (p for pattern in DESCRIBED for p in layout.glob(pattern) if p.is_file()):
+            (place / path.relative_to(layout)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / path.relative_to(layout))
+        _describe(place, header)
+        try:
+            with safe_open(file, "pt") as tensors:
+                for part, about in tqdm(FAMILIES[kind].items(), desc=f"laying out {file.name}", unit="part"):
+                    weights = _translated(tensors, part, about, layout, file.name)
+                    save_file(weights, place / part / f"{about.stem}.safetensors", {"format": "pt"})
+            write_manifest(place)
+            os.replace(place, folder)
+        except (OSError, SafetensorError) as error:
+            if not folder.is_dir():  # another process may have been quicker
+                raise ModelError(
+                    f"{file.name} could not be laid out in {FOLDERS} ({error}); it takes as much room as the file"
+                ) from error
+
+
+def _layout(kind: str) -> Path:
+    """A folder with the configurations and tokenizers of the family's base model."""
+    name = PRESETS[kind]
+    if chosen := os.environ.get("HYPERSD_LAYOUT"):
+        folder = Path(chosen)
+        if read_json(folder, folder.name, "model_index.json").get("_class_name") != kind:
+            raise ModelError(f"HYPERSD_LAYOUT must name a folder with a {kind}, got {chosen[:80]!r}")
+        return folder
+    from huggingface_hub import snapshot_download
+
+    preset = BACKBONES[name]
+    try:
+        return Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=list(DESCRIBED)))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise ModelError(
+            f"configurations and tokenizers of {preset.source} are needed once and could not be fetched "
+            f"({type(error).__name__}); check the network, or name the folder of any model of its kind: "
+            "HYPERSD_LAYOUT=folder"
+        ) from error
+
+
+def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -> dict[str, Tensor]:
+    """One part's weights under diffusers' names, all that its configuration asks for and nothing else."""
+    config = read_json(layout, layout.name, f"{part}/config.json")
+    expected = _expected(about, config)
+    found = _renamed(tensors, part, config, expected)
+    if lost := sorted(expected.keys() - found.keys()):
+        raise ModelError(f"{name}: its {part} lacks {len(lost)} tensors such as {lost[0]}; fetch it again")
+    for key, shape in expected.items():
+        if found[key].shape != shape:
+            raise ModelError(
+                f"{name}: {key} of its {part} is {tuple(found[key].shape)}, in {layout.name} it is {tuple(shape)}; "
+                "choose a checkpoint that was not made for inpainting, or name the folder of a model of its "
+                "architecture: HYPERSD_LAYOUT=folder"
+            )
+    return {key: found[key].contiguous() for key in expected}
+
+
+def _expected(about: Part, config: Mapping[str, Any]) -> dict[str, Any]:
+    """{tensor: shape} of a part, built without memory for its weights."""
+    import torch
+
+    library = import_module(about.library)
+    kind = getattr(library, about.kind)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**config)) if about.library == "transformers" else kind.from_config(config)
+    return {key: tensor.shape for key, tensor in model.state_dict().items() if not key.endswith("position_ids")}
+
+
+def _renamed(tensors: Any, part: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    """diffusers' own translation of one part; its functions ask for the names of that part alone."""
+    from diffusers.loaders import single_file_utils as translate
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+    if part == "unet":
+        return translate.convert_ldm_unet_checkpoint(under(UNET), config)
+    if part == "vae":
+        return translate.convert_ldm_vae_checkpoint(under(VAE), config)
+    if part == "text_encoder":
+        found = translate.convert_ldm_clip_checkpoint(under(CLIP[0]) | under(CLIP[1]))
+    else:
+        held = SimpleNamespace(config=SimpleNamespace(**config))
+        found = translate.convert_open_clip_checkpoint(held, under(OPEN_CLIP), OPEN_CLIP)
+    wrapped = any(key.startswith("text_model.") for key in expected)
+    return found if wrapped else {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
+
+
+def _describe(folder: Path, header: Header) -> None:
+    """What a checkpoint says of its noise schedule, by tensors that are names alone ("v_pred", "ztsnr")."""
+    path = folder / "scheduler/scheduler_config.json"
+    config = read_json(folder, folder.name, "scheduler/scheduler_config.json")
+    config |= {"prediction_type": "v_prediction"} if "v_pred" in header else {}
+    config |= {"rescale_betas_zero_snr": True} if "ztsnr" in header else {}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = folder / "model_index.json"
+    index = read_json(folder, folder.name, path.name)
+    absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
+    path.write_text(json.dumps(index | absent, indent=2) + "\n", encoding="utf-8")

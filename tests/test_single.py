@@ -1,0 +1,257 @@
+"""Checkpoints in one file: written here under their original names, drawn like the folder that they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hypersd import adapters, single
+from hypersd.backbone import Backbone
+from hypersd.cost import CONFIGS
+from hypersd.folders import FAMILIES, ModelError
+from hypersd.generate import draw
+from hypersd.methods import METHODS
+from hypersd.records import Request
+
+# From diffusers' names to the original ones, as CompVis' and Stability's code name their modules.
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+AROUND = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}  # fmt: skip
+VAE = {
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+}  # fmt: skip
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm": "ln_final",
+    "embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj", "self_attn.out_proj": "attn.out_proj",
+    "text_projection.weight": "text_projection",
+}  # fmt: skip
+
+
+def renamed(name: str, table: dict[str, str]) -> str:
+    for new, old in table.items():
+        name = re.sub(rf"(?<![^.]){re.escape(new)}(?![^.])", old, name)
+    return name
+
+
+def unet(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    attended = {m[1] for name in weights if (m := re.match(r"up_blocks\.(\d+)\.attentions", name))}
+
+    def place(found: re.Match[str]) -> str:
+        side, block, kind, number = found[1], int(found[2]), found[3], int(found[4])
+        if side == "down":
+            row, inner = 1 + block * (layers + 1) + (layers if kind == "downsamplers" else number), "0"
+            end = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
+            return f"input_blocks.{row}.{end}"
+        row = block * (layers + 1) + (layers if kind == "upsamplers" else number)
+        inner = {"resnets": "0", "attentions": "1", "upsamplers": "2" if found[2] in attended else "1"}[kind]
+        return f"output_blocks.{row}.{inner}"
+
+    old = {}
+    for name, tensor in weights.items():
+        moved = re.sub(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", place, name)
+        moved = moved.replace(".0.op.conv.", ".0.op.")
+        moved = renamed(moved, AROUND | (RESNET if ".resnets." in name else {}))
+        old[f"model.diffusion_model.{moved}"] = tensor
+    return old
+
+
+def vae(weights: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    old = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets", r"encoder.down.\1.block", name)
+        name = re.sub(r"encoder\.down_blocks\.(\d+)", r"encoder.down.\1", name)
+        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{blocks - 1 - int(m[1])}.block", name)
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{blocks - 1 - int(m[1])}", name)
+        convolved = "attentions" in name and tensor.ndim == 2  # the original attends by 1 x 1 convolutions
+        old[f"first_stage_model.{renamed(name, VAE)}"] = tensor[:, :, None, None] if convolved else tensor
+    return old
+
+
+def clip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
+
+
+def open_clip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    old, bare = {}, {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    for name, tensor in bare.items():
+        if found := re.match(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name):
+            three = [bare[name.replace("q_proj", letter)] for letter in ("q_proj", "k_proj", "v_proj")]
+            old[renamed(found[1], OPEN_CLIP) + f".attn.in_proj_{found[2]}"] = torch.cat(three)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            old[renamed(name, OPEN_CLIP)] = tensor.T.contiguous() if name == "text_projection.weight" else tensor
+    return {prefix + name: tensor for name, tensor in old.items()}
+
+
+def part(folder: Path, name: str) -> dict[str, Tensor]:
+    (file,) = (folder / name).glob("*.safetensors")
+    return load_file(file)
+
+
+def original(folder: Path) -> dict[str, Tensor]:
+    """All weights of a tiny model's folder under their original names."""
+    tensors = unet(part(folder, "unet"), json.loads((folder / "unet/config.json").read_text())["layers_per_block"])
+    tensors |= vae(part(folder, "vae"), 4)
+    if not (folder / "text_encoder_2").is_dir():
+        return tensors | clip(part(folder, "text_encoder"), "cond_stage_model.transformer.")
+    tensors |= clip(part(folder, "text_encoder"), "conditioner.embedders.0.transformer.")
+    return tensors | open_clip(part(folder, "text_encoder_2"), "conditioner.embedders.1.model.")
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    build = tiny.build if request.param == "sd15" else tiny.build_xl
+    return build(tmp_path / "model")
+
+
+@pytest.fixture
+def file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint in one file, where nothing but a folder of its kind can say how it is laid out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HYPERSD_LAYOUT", str(folder))
+    save_file(original(folder), tmp_path / "tuned.safetensors")
+    return tmp_path / "tuned.safetensors"
+
+
+def pixels(backbone: Backbone) -> bytes:
+    return draw(backbone, Request("a happy cat", 3, steps=2), METHODS["base"]).pixels
+
+
+def test_it_draws_what_the_folder_draws(folder: Path, file: Path) -> None:
+    assert pixels(Backbone.load(file)) == pixels(Backbone.load(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [  # some that are known of the published files
+        ("sd15", {"input_blocks.11.0.out_layers.3.weight": (1280, 1280, 3, 3), "output_blocks.2.1.conv.bias": (1280,),
+                  "output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
+                  "output_blocks.11.0.skip_connection.weight": (320, 640, 1, 1),
+                  "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (320, 768)}),
+        ("sdxl", {"label_emb.0.0.weight": (1280, 2816), "output_blocks.2.2.conv.bias": (1280,),
+                  "output_blocks.5.2.conv.bias": (640,), "output_blocks.8.0.skip_connection.weight": (320, 640, 1, 1),
+                  "middle_block.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048)}),
+    ],
+)  # fmt: skip
+def test_every_tensor_of_the_true_networks_finds_its_place(
+    name: str, known: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**CONFIGS[name])
+    network.save_config(tmp_path / "unet")
+    names = unet(network.state_dict(), 2)
+    assert known.items() <= {k.removeprefix(single.UNET): tuple(t.shape) for k, t in names.items()}.items()
+
+    class File:
+        keys, get_tensor = names.keys, names.__getitem__
+
+    found = single._translated(File(), "unet", FAMILIES["StableDiffusionPipeline"]["unet"], tmp_path, name)
+    assert {key: tensor.shape for key, tensor in found.items()} == {
+        key: tensor.shape for key, tensor in network.state_dict().items()
+    }
+
+
+def test_it_is_laid_out_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = single.laid_out(file)
+    assert isinstance(first, Path) and adapters.beside(str(file)) == (first, first / "lora")
+    monkeypatch.setattr(single, "_lay_out", None)
+    assert single.laid_out(file) == first and single.laid_out("emoji") == "emoji"
+    assert [path.name for path in single.FOLDERS.iterdir()] == [first.name], "nothing half done stays behind"
+
+
+def test_what_it_says_of_its_noise_is_heeded(file: Path) -> None:
+    save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)
+    folder = Path(single.laid_out(file))
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "what"),
+    [
+        ({"lora_unet_mid_block.lora_down.weight": (4, 8)}, "is a LoRA"),
+        ({"first_stage_model.decoder.conv_in.weight": (4, 8)}, "is no whole checkpoint"),
+        ({"model.diffusion_model.joint_blocks.0.x.weight": (4, 8)}, "of Stable Diffusion 3"),
+        ({"model.diffusion_model.double_blocks.0.x.weight": (4, 8)}, "of FLUX"),
+        ({f"{p}x": (4, 8) for p in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")},
+         "of Stable Diffusion 2"),
+        ({f"{p}x": (4, 8) for p in ("model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.model.")},
+         "is the refiner"),
+    ],
+)  # fmt: skip
+def test_other_files_are_told_apart(tmp_path: Path, tensors: dict[str, tuple[int, ...]], what: str) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=rf"other\.safetensors .*{what}.*choose a checkpoint of Stable Diffusion"):
+        single.laid_out(tmp_path / "other.safetensors")
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02")
+    with pytest.raises(ModelError, match=r"model\.ckpt may be a pickle.*take the same checkpoint as \.safetensors"):
+        Backbone.load(tmp_path / "model.ckpt")
+
+
+def test_a_tensor_that_is_missing_is_named(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.middle_block.0.in_layers.2.weight"]
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"its unet lacks 1 tensors such as mid_block\.resnets\.0\.conv1\.weight"):
+        single.laid_out(file)
+    assert not list(single.FOLDERS.iterdir()), "nothing was laid out"
+
+
+def test_one_for_inpainting_is_refused(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(8, 9, 3, 3)
+    save_file(tensors, file)
+    said = r"conv_in\.weight of its unet is \(8, 9, 3, 3\), in model it is .*not made for inpainting"
+    with pytest.raises(ModelError, match=said):
+        single.laid_out(file)
+
+
+def test_without_a_layout_it_says_what_to_do(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HYPERSD_LAYOUT")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match=r"are needed once and could not be fetched .*HYPERSD_LAYOUT=folder"):
+        single.laid_out(file)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setenv("HYPERSD_LAYOUT", str(tmp_path / "other"))
+    with pytest.raises(ModelError, match="HYPERSD_LAYOUT must name a folder with a StableDiffusion"):
+        single.laid_out(file)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_a_sentence(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    place = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    save_file({"model.diffusion_model.x": torch.zeros(4)}, place)
+    whole = place.read_bytes()
+    cut, at = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole) - 1))
+    changed = bytearray(whole[:cut])
+    if at < cut:
+        changed[at] ^= data.draw(st.integers(1, 255))
+    place.write_bytes(changed)
+    with pytest.raises(ModelError):
+        single.laid_out(place)
