@@ -114,7 +114,7 @@ def fetch_command(given: argparse.Namespace) -> None:
         names = ", ".join(release.name for release in wanted)
         raise InputError(f"--file is one LoRA, but {', '.join(given.methods)} are {len(wanted)}: {names}")
     size = sum(release.megabytes for release in wanted)
-    print(f"{given.backbone} and {size} MB of LoRAs, unless they are cached")
+    print(f"{given.backbone} and {size} MB of LoRAs and networks, unless they are cached")
     base = network_sha256(find_folder(given.backbone)[1])
     for release in wanted:
         get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub

@@ -3,6 +3,9 @@
 An adapter in memory is {"mid_block.attentions.0.proj_in.lora_A": [rank, in, ...], "....lora_B": [out, rank, ...], ...},
 the names of `roles.Role`. Alpha always equals the rank, so the scale is 1 for readers that look for an alpha and for
 those that don't. Only headers are read until the tensors are wanted, so a list of files costs nothing.
+
+Some few-step models are published as whole networks. They are kept and worn like adapters, {"conv_in.weight": tensor,
+...} with a rank of 0, and take the place of every weight instead of adding to some.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
+FIRST = "conv_in.weight"  # is in every UNet and in no LoRA
 HEADER_MAX = 100_000_000  # bytes; the format's own limit
 
 
@@ -76,7 +80,7 @@ def _card(text: str, name: str) -> Adapter:
                 raise InputError(f"{field.name} must be text, got {told[field.name]!r:.40}")
         if not told["name"] or not isinstance(told["recipe"], dict):
             raise InputError("name or recipe is empty")
-        for number, low, high in (("segments", 1, 1000), ("rank", 1, 100_000), ("updates", 0, 10**12)):
+        for number, low, high in (("segments", 1, 1000), ("rank", 0, 100_000), ("updates", 0, 10**12)):
             told[number] = whole_number(told[number], number, low, high)
         for number in ("start", "end"):
             told[number] = whole_number(told.get(number, getattr(Adapter, number)), number, 0, 10**6)
@@ -91,8 +95,10 @@ def _card(text: str, name: str) -> Adapter:
 def load(path: Path) -> dict[str, Tensor]:
     """The adapter in a file, in float32, whichever of the two ways of naming it uses; alpha is multiplied in.
 
+    A whole network comes in the precision that it is kept in: in float32 it may be larger than memory.
+
     Raises:
-        AdapterError: not safetensors, truncated, not a LoRA of a UNet alone, or not finite.
+        AdapterError: not safetensors, truncated, neither a LoRA of a UNet alone nor a UNet, or not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,6 +108,10 @@ def load(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); copy it again") from problem
+    if FIRST in tensors or f"{PREFIX}{FIRST}" in tensors:
+        network = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        _check_finite(network, path)
+        return network
     if any(re.search("(double|single)_blocks", key) for key in tensors):
         tensors = _flux_renamed(path)
     adapter = (
@@ -115,11 +125,15 @@ def _check(adapter: dict[str, Tensor], path: Path) -> None:
     """Every layer has its two halves, of one rank and finite."""
     if not adapter:
         raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds no layers")
-    for name, tensor in adapter.items():
-        layer = name.rsplit(".", 1)[0]
+    for layer in {name.rsplit(".", 1)[0] for name in adapter}:
         a, b = adapter.get(f"{layer}.lora_A"), adapter.get(f"{layer}.lora_B")
         if a is None or b is None or not a.dim() == b.dim() >= 2 or len(a) != b.shape[1]:
             raise AdapterError(f"{path.name}: the two halves of {layer} do not fit together; train or copy it again")
+    _check_finite(adapter, path)
+
+
+def _check_finite(adapter: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in adapter.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train or copy it again")
 
@@ -257,12 +271,14 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    whole = FIRST in adapter
     for name, tensor in adapter.items():
         half = tensor.detach().to(torch.float16).contiguous().cpu()
         if not half.isfinite().all():
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
         prefix = FLOW_PREFIX if re.match(r"(single_)?transformer_blocks\.", name) else PREFIX
-        tensors |= _kohya_named(name, half) if kohya else {f"{prefix}{name}.weight": half}
+        key = f"{prefix}{name}" if whole else f"{prefix}{name}.weight"
+        tensors |= _kohya_named(name, half) if kohya and not whole else {key: half}
     staging = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,6 +314,14 @@ def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Paramete
         AdapterError: a layer is not there or has another shape: the adapter is for another base.
     """
     weights = dict(network.named_parameters())
+    if FIRST in adapter:
+        odd = sorted(
+            name for name in weights.keys() | adapter.keys()
+            if name not in weights or name not in adapter or weights[name].shape != adapter[name].shape
+        )  # fmt: skip
+        if odd:
+            raise AdapterError(f"the network does not fit this base: {odd[0]} is missing or of another shape in one")
+        return weights
     touched = {}
     for name in sorted({name.rsplit(".", 1)[0] for name in adapter}):
         a, b = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B")
@@ -309,8 +333,11 @@ def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Paramete
     return touched
 
 
-def merged(weight: Tensor, adapter: dict[str, Tensor], layer: str, scale: float = 1.0) -> Tensor:
-    """W + scale B A of a layer, float32, where the weight is."""
+def merged(weight: Tensor, adapter: dict[str, Tensor], name: str, scale: float = 1.0) -> Tensor:
+    """W + scale B A of the weight of that name, or what a whole network has in its place; float32, where W is."""
+    if name in adapter:
+        return adapter[name].to(weight.device).float()
+    layer = name.removesuffix(".weight")
     a, b = (adapter[f"{layer}.{half}"].to(weight.device).flatten(1) for half in ("lora_A", "lora_B"))
     return weight.float() + scale * (b @ a).view_as(weight)
 
@@ -326,7 +353,7 @@ def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) ->
     worn = copy.deepcopy(network, {id(weight): weight for weight in kept})
     for name in touched:
         weight = worn.get_parameter(name).data
-        weight.copy_(merged(weight, adapter, name.removesuffix(".weight"), scale))
+        weight.copy_(merged(weight, adapter, name, scale))
     return worn
 
 

@@ -109,6 +109,8 @@ class Panel:
 class Adapter:
     """What a LoRA file says of itself, in its safetensors metadata: enough to use it, and to train it again.
 
+    A rank of 0 says that it is no LoRA but a whole network, which takes the base's place.
+
     It was made by `method` for jumps within each of `segments` equal parts of the trajectory, on the base whose
     network has `base_sha256`. Its row in the app is `name`. A drawing begins at timestep `start` and its last jump
     lands at `end` (0: abar_0, not 1). `guidance` and `eta` are what to draw with; guidance 1 means that the scale is

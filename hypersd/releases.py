@@ -1,4 +1,4 @@
-"""Published few-step LoRAs as adapters of ours: fetched once, checked, read under any way of naming, kept with a card.
+"""Published few-step LoRAs and networks as adapters of ours: fetched once, checked, read under any way of naming.
 
     python -m hypersd fetch sdxl            what there is, how big, under which licence
     python -m hypersd fetch sdxl hyper lcm  fetch these, and the base model where it is not there
@@ -25,9 +25,10 @@ from hypersd.records import Adapter, InputError
 
 @dataclass(frozen=True)
 class Release:
-    """One published LoRA: whose method, made for how many segments, drawn with what, under which licence.
+    """One published LoRA or network: whose method, made for how many segments, drawn with what, under which licence.
 
-    `sha256` is that of the file, "" where its makers' could not be looked up; `spacing` names the grid of timesteps.
+    `sha256` is that of the file, "" where its makers' could not be looked up; `spacing` names the grid of timesteps. A
+    `network` takes the place of the base's whole one.
     """
 
     method: str
@@ -42,6 +43,8 @@ class Release:
     eta: float = 0.0
     scale: float = 1.0
     spacing: str = "trailing"
+    start: int = 999
+    network: bool = False
     commercial: bool = True
 
     @property
@@ -65,6 +68,7 @@ class Release:
             data="",
             commit="",
             recipe={"release": f"{self.repository}/{self.file}", **told},
+            start=self.start,
             scale=self.scale,
         )
 
@@ -132,6 +136,12 @@ RELEASES = (
         "8steps-CFG": "55b51334c85061afff5eff7c550b61963c8b8607a5868bbe4f26db49374719b1",
         "12steps-CFG": "0b97f447b5878323a28fbe7c51ba7acebd21f4d77552ba77b04b11c8911825b6",
     }),
+    Release("hyper-unet", "sdxl", HYPER, "Hyper-SDXL-1step-Unet.safetensors", 1, RAIL, 10270, eta=1.0, start=800,
+            network=True),
+    Release("perflow", "sdxl", "hansyan/perflow-sdxl-base", "unet/diffusion_pytorch_model.v0-fix.safetensors", 4,
+            "not stated", 5136, guidance=2.0, network=True),
+    Release("turbo", "sdxl", "stabilityai/sdxl-turbo", "unet/diffusion_pytorch_model.fp16.safetensors", 1,
+            "Stability AI Non-Commercial Research Community License", 5136, eta=1.0, network=True, commercial=False),
     Release("lcm", "sdxl", "latent-consistency/lcm-lora-sdxl", LORA, 1, OPENRAIL, 394,
             "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141", spacing="original"),
     Release("tcd", "sdxl", "h1t/TCD-SDXL-LoRA", LORA, 1, "MIT", 394,
@@ -212,7 +222,7 @@ def fetch(release: Release, base_sha256: str, out: Path, get: Callable[[str, str
     path = get(release.repository, release.file)
     sha256 = _checked(release, path)
     adapter = load(path)
-    rank = max(len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A"))
+    rank = max((len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A")), default=0)
     return save(out / f"{release.name}.safetensors", adapter, release.card(base_sha256, rank, sha256))
 
 

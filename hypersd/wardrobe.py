@@ -96,6 +96,6 @@ class Wardrobe:
     ) -> nn.Module:
         self._untouched = {name: weight.detach().to("cpu", copy=True) for name, weight in touched.items()}
         for name, weight in touched.items():
-            weight.data.copy_(merged(weight, tensors, name.removesuffix(".weight"), scale))
+            weight.data.copy_(merged(weight, tensors, name, scale))
         self._in_place = key
         return self.network

@@ -50,7 +50,7 @@ def test_every_release_is_drawn_as_its_method_allows(release: Release) -> None:
     card = release.card("b", 64)
     method = METHODS[card.method]
     assert method.adapted
-    assert card.guidance > 1 if method.name.endswith("-cfg") else card.guidance == 1
+    assert (card.guidance > 1) == (method.guidance > 1) == (method.name.endswith("-cfg") or method.name == "perflow")
     assert release.licence and release.megabytes > 0
     file = adapters.AdapterFile(Path(f"{release.name}.safetensors"), "s", card)
     row = discover([file], "b")[card.method]

@@ -48,7 +48,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
                ("Hyper-SD LoRA", "hyper", 4, 32.56, 5.74, 0.93, 0.232),
                ("Turbo UNet", "turbo", 1, 32.33, 5.33, 0.78, 0.228),
                ("Lightning UNet", "lightning", 1, 32.17, 5.34, 0.54, 0.223),
-               ("Hyper-SD UNet", "hyper", 1, 32.85, 5.85, 1.19, 0.231)),
+               ("Hyper-SD UNet", "hyper-unet", 1, 32.85, 5.85, 1.19, 0.231)),
     ),
     "Table 3, without and with feedback": tuple(_rows(
         "SDXL",
