@@ -216,7 +216,7 @@ def _activations(updates: list[cost.Update], micro: int, fixed: int, gpu: Gpu) -
             f"which {fits} the {gpu.memory:g} GB of a GPU"
         )
     again = max(update.again / update.flops(1) for update in updates)
-    yield f"checkpointing (Roles.checkpointing) costs {100 * again:.0f} % more FLOPs"
+    yield f"checkpointing (--checkpointing) costs {100 * again:.0f} % more FLOPs"
 
 
 def _calls(stage: str, update: cost.Update, batch: int, pieces: int) -> Iterator[str]:

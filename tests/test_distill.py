@@ -280,11 +280,32 @@ def test_an_update_moves_student_adversary_and_average_only(backbone: Backbone, 
 def test_gradients_are_the_same_with_activation_checkpointing(backbone: Backbone) -> None:
     made = objective(backbone, ready=True)
     plain = gradients(made)
-    backbone.unet.train()  # where diffusers looks whether to checkpoint
     made.roles.checkpointing()
     for name, (loss, found) in gradients(made).items():
         assert loss == pytest.approx(plain[name][0])
         torch.testing.assert_close(found, plain[name][1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_can_turn_to_checkpointing_midway(tiny_folder: Path, tmp_path: Path) -> None:
+    """It is no other run: the same command with the switch goes on, and blocks are computed again."""
+    calls: list[None] = []
+
+    def load() -> Backbone:
+        backbone = Backbone.load(tiny_folder)
+        backbone.unet.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *_: calls.append(None))
+        return backbone
+
+    def trained(folder: Path, **given: Any) -> list[adapters.AdapterFile]:
+        recipe = replace(RECIPE, updates=2, accumulate=1)
+        return distill.run(METHODS["lcm"], load, Latents.of, SETTINGS, recipe, folder / "runs", folder / "out", **given)
+
+    trained(tmp_path / "plain")
+    plain = len(calls)
+    trained(tmp_path / "again", checkpointing=True)
+    assert len(calls) - plain == plain + 2, "once more in each update"
+    assert trained(tmp_path / "midway", minutes=0) == []
+    (made,) = trained(tmp_path / "midway", checkpointing=True)
+    assert made.card.updates == 2
 
 
 # ----------------------------------------------------------------------------------------- what the loss is

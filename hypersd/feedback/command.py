@@ -110,6 +110,8 @@ def _refining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight", type=float, default=0.05, help="of the rewards (default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the feedback's LoRA (default: 8, or what the parent has already)")
     parser.add_argument("--updates", type=int, help="at most so many (default: the preset's)")
+    parser.add_argument("--checkpointing", action="store_true", help="take less memory and more time: activations are "
+                        "computed again instead of kept")  # fmt: skip
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
 
 
@@ -148,6 +150,8 @@ def refine_run(given: argparse.Namespace) -> Lines:
         prompts=[p.text for p in looked_at],
         structure=structure.Outline(Path(given.segmenter)) if given.structure else None,
     )  # fmt: skip
+    if given.checkpointing:
+        objective.roles.checkpointing()
     path = folder / f"{name}-{parent.card.segments}.safetensors"
     made = refl.run(objective, _refining(given), Path(given.runs) / path.stem, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
@@ -191,6 +195,7 @@ def loop_run(given: argparse.Namespace) -> Lines:
         prompts=tuple(own[::4]),
         unseen=tuple(own[2::4]),
         refine=_refining(given),
+        checkpointing=given.checkpointing,
     )
     store, study = _study_of(given)
     cached = Path("runs/distill") / Path(given.backbone).name

@@ -57,6 +57,7 @@ class Settings:
     teacher: int = 25
     reward: Recipe = reward.RECIPE
     refine: Recipe = refl.RECIPE
+    checkpointing: bool = False
 
 
 def run(
@@ -117,6 +118,8 @@ def run(
         prompts=[*held_out["validation"], *settings.prompts],
         seed=settings.refine.seed,
     )
+    if settings.checkpointing:
+        objective.roles.checkpointing()
     path = out / f"{name}-{parent.card.segments}.safetensors"
     made = refl.run(objective, settings.refine, folder / "refine", path, name, votes=found.digest)
     yield (
