@@ -36,6 +36,7 @@ from hypersd.methods.base import Places
 from hypersd.records import InputError
 from hypersd.roles import LAYERS, SMALL
 from hypersd.schedule import Level
+from hypersd.single import laid_out
 from hypersd.train import Recipe, Step
 
 _CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -182,7 +183,7 @@ class Network:
 
 
 def read(name_or_folder: str, dtype: torch.dtype = torch.float32) -> Network:
-    """The network of a backbone of CONFIGS, the embedded one, or a model's folder, by its configuration alone.
+    """The network of a backbone of CONFIGS, the embedded one, a model's folder or file, by its configuration alone.
 
     Raises:
         InputError: there is no such configuration, or it is of another kind of network.
@@ -190,7 +191,7 @@ def read(name_or_folder: str, dtype: torch.dtype = torch.float32) -> Network:
     if name_or_folder in CONFIGS:
         return Network(CONFIGS[name_or_folder], TOKENS, dtype)
     embedded = Path(__file__).parent.parent / "assets/emoji-sd"
-    folder = embedded if name_or_folder == "emoji" else Path(name_or_folder)
+    folder = embedded if name_or_folder == "emoji" else Path(laid_out(name_or_folder))
     try:
         config, text = (
             json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "text_encoder")

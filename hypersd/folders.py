@@ -217,9 +217,7 @@ def check_folder(folder: Path, name: str) -> None:
     family = parts(folder, name)
     for path in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in family)):
         read_json(folder, name, path)
-    for tokenizer in (tokenizer_of(part) for part in family if part.startswith("text_encoder")):
-        if not any((folder / tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name)}")
+    check_tokenizers(folder, name)
     listed: dict[str, int] = _manifest(folder, name).get("bytes", {})
     expected = [(folder / path, size) for path, size in listed.items()]
     weights = [file for part, about in family.items() for file in weight_files(folder, name, part, about)]
@@ -231,6 +229,13 @@ def check_folder(folder: Path, name: str) -> None:
         if file.stat().st_size != size:
             found = f"{file.stat().st_size:,} bytes instead of {size:,}"
             raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name)}")
+
+
+def check_tokenizers(folder: Path, name: str) -> None:
+    """Each text encoder has a tokenizer. Raises ModelError, which names the first that is missing."""
+    for tokenizer in (tokenizer_of(part) for part in parts(folder, name) if part.startswith("text_encoder")):
+        if not any((folder / tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name)}")
 
 
 def weight_files(folder: Path, name: str, part: str, about: Part) -> list[Path]:
@@ -262,7 +267,7 @@ def _declared_bytes(file: Path, name: str) -> int:
         return 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
     except FileNotFoundError:
         raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(f"{name}: {path} is truncated or damaged (no readable header); {remedy(name)}") from error
 
 

@@ -24,12 +24,22 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hypersd.folders import BACKBONES, FAMILIES, HEADER_MAX, ModelError, Part, read_json, write_manifest
+from hypersd.folders import (
+    BACKBONES,
+    FAMILIES,
+    HEADER_MAX,
+    ModelError,
+    Part,
+    check_tokenizers,
+    read_json,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 FOLDERS = Path("runs/models")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
@@ -47,6 +57,11 @@ OTHERS = {  # a name in a file -> what it is
     "double_blocks.": "of FLUX",
     "control_model.": "a ControlNet",
 }
+NOISES = {  # tensors that are names alone -> how a checkpoint was trained that the schedules here do not describe
+    "ztsnr": "to end in noise without signal (zero terminal SNR)",
+    "edm_mean": "with the noise of EDM",
+    "edm_vpred.sigma_max": "with the noise of EDM",
+}
 Header = Mapping[str, Any]
 
 
@@ -61,8 +76,10 @@ def laid_out(name_or_path: str | Path) -> str | Path:
             configuration is not to be had.
     """
     file = Path(name_or_path)
-    if not str(name_or_path).endswith(ENDINGS) or not file.is_file():
+    if not str(name_or_path).endswith(ENDINGS) or os.path.isdir(file):
         return name_or_path
+    if not os.path.isfile(file):  # nor if its name is longer than any file system takes, where Path.is_file raises
+        raise ModelError(f"there is no file {str(file)[:80]!r}; check the path")
     if file.suffix != ".safetensors":
         raise ModelError(
             f"{file.name} may be a pickle, which can run any code when it is opened; take the same checkpoint as "
@@ -70,6 +87,7 @@ def laid_out(name_or_path: str | Path) -> str | Path:
         )
     header = _header(file)
     kind = family(header, file.name)
+    _check(header, file.name)
     stat = file.stat()
     told = json.dumps([header, stat.st_size, stat.st_mtime_ns, os.environ.get("HYPERSD_LAYOUT", "")], sort_keys=True)
     folder = FOLDERS / f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
@@ -88,7 +106,7 @@ def _header(file: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ModelError(f"{file.name} has no readable header ({type(error).__name__}); fetch it again") from error
     if file.stat().st_size != expected:
         raise ModelError(f"{file.name} has {file.stat().st_size:,} bytes instead of {expected:,}; fetch it again")
@@ -110,6 +128,16 @@ def family(header: Header, name: str) -> str:
         f"{name} is {what}; choose a checkpoint of Stable Diffusion 1.x or XL in one file, with UNet, text encoders "
         "and VAE in it"
     )
+
+
+def _check(header: Header, name: str) -> None:
+    """Its noise and its numbers are of kinds that can be drawn with. Raises ModelError where they are not."""
+    if noise := next((noise for key, noise in NOISES.items() if key in header), ""):
+        raise ModelError(f"{name} was trained {noise}, which is not supported; choose another checkpoint")
+    parts = (UNET, VAE, *CLIP, OPEN_CLIP)
+    weights = (entry for key, entry in header.items() if key.startswith(parts) and not key.endswith("position_ids"))
+    if odd := sorted({str(entry.get("dtype")) for entry in weights} - FLOATS):
+        raise ModelError(f"{name} has weights of type {odd[0]}; choose the checkpoint in half or full precision")
 
 
 def _lay_out(file: Path, header: Header, kind: str, folder: Path) -> None:
@@ -141,17 +169,19 @@ def _lay_out(file: Path, header: Header, kind: str, folder: Path) -> None:
 
 def _layout(kind: str) -> Path:
     """A folder with the configurations and tokenizers of the family's base model."""
-    name = PRESETS[kind]
     if chosen := os.environ.get("HYPERSD_LAYOUT"):
         folder = Path(chosen)
         if read_json(folder, folder.name, "model_index.json").get("_class_name") != kind:
             raise ModelError(f"HYPERSD_LAYOUT must name a folder with a {kind}, got {chosen[:80]!r}")
+        check_tokenizers(folder, folder.name)
         return folder
     from huggingface_hub import snapshot_download
 
-    preset = BACKBONES[name]
+    preset = BACKBONES[PRESETS[kind]]
     try:
-        return Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=list(DESCRIBED)))
+        folder = Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=list(DESCRIBED)))
+        check_tokenizers(folder, PRESETS[kind])  # offline, the client is content with whatever is cached
+        return folder
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ModelError(
             f"configurations and tokenizers of {preset.source} are needed once and could not be fetched "
@@ -163,8 +193,20 @@ def _layout(kind: str) -> Path:
 def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -> dict[str, Tensor]:
     """One part's weights under diffusers' names, all that its configuration asks for and nothing else."""
     config = read_json(layout, layout.name, f"{part}/config.json")
-    expected = _expected(about, config)
-    found = _renamed(tensors, part, config, expected)
+    try:
+        expected = _expected(about, config)
+        found = _renamed(tensors, part, config, expected)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise ModelError(
+            f"{name}: its {part} cannot be read as {layout.name}/{part}/config.json describes it ({reason}); name the "
+            "folder of a model of its architecture: HYPERSD_LAYOUT=folder"
+        ) from error
+    if about.denoiser and (more := sorted(found.keys() - expected.keys())):  # without them it would draw something else
+        raise ModelError(
+            f"{name}: its {part} has {len(more)} tensors such as {more[0]} that {layout.name} has no place for; name "
+            "the folder of a model of its architecture: HYPERSD_LAYOUT=folder"
+        )
     if lost := sorted(expected.keys() - found.keys()):
         raise ModelError(f"{name}: its {part} lacks {len(lost)} tensors such as {lost[0]}; fetch it again")
     for key, shape in expected.items():
@@ -209,11 +251,10 @@ def _renamed(tensors: Any, part: str, config: Mapping[str, Any], expected: Mappi
 
 
 def _describe(folder: Path, header: Header) -> None:
-    """What a checkpoint says of its noise schedule, by tensors that are names alone ("v_pred", "ztsnr")."""
+    """What a checkpoint says of its noise schedule, by tensors that are names alone: "v_pred"."""
     path = folder / "scheduler/scheduler_config.json"
     config = read_json(folder, folder.name, "scheduler/scheduler_config.json")
     config |= {"prediction_type": "v_prediction"} if "v_pred" in header else {}
-    config |= {"rescale_betas_zero_snr": True} if "ztsnr" in header else {}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path = folder / "model_index.json"
     index = read_json(folder, folder.name, path.name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hypersd import adapters, single
+from hypersd import adapters, cost, single
 from hypersd.backbone import Backbone
 from hypersd.cost import CONFIGS
 from hypersd.folders import FAMILIES, ModelError
@@ -127,7 +127,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint in one file, where nothing but a folder of its kind can say how it is laid out."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variables are read at import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HYPERSD_LAYOUT", str(folder))
     save_file(original(folder), tmp_path / "tuned.safetensors")
     return tmp_path / "tuned.safetensors"
@@ -188,6 +189,76 @@ def test_what_it_says_of_its_noise_is_heeded(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mark", "what"),
+    [("ztsnr", r"zero terminal SNR"), ("edm_mean", "the noise of EDM"), ("edm_vpred.sigma_max", "the noise of EDM")],
+)
+def test_a_noise_that_is_not_known_here_is_refused(file: Path, mark: str, what: str) -> None:
+    """At once, not after gigabytes were written; drawn with another noise it would give other pictures."""
+    save_file({**load_file(file), "v_pred": torch.zeros(0), mark: torch.zeros(1)}, file)
+    with pytest.raises(ModelError, match=rf"tuned\.safetensors was trained .*{what}.* choose another checkpoint"):
+        single.laid_out(file)
+    assert not single.FOLDERS.exists()
+
+
+def test_whole_numbers_are_no_weights(file: Path) -> None:
+    """They are of files that were quantised with scales of their own. CLIP's positions are whole numbers anyway."""
+    tensors = load_file(file)
+    positions = next(k for k in tensors if k.endswith("embeddings.position_embedding.weight")).rpartition(".")[0]
+    tensors[positions.replace("position_embedding", "position_ids")] = torch.arange(tiny.TOKENS)[None]
+    save_file(tensors, file)
+    assert Path(single.laid_out(file)).is_dir()
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, file)
+    with pytest.raises(ModelError, match=r"has weights of type I8; choose the checkpoint in half or full precision"):
+        single.laid_out(file)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_precisions_are_taken(file: Path, kind: torch.dtype) -> None:
+    tensors = {name: tensor.to(kind) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    weight = Backbone.load(file).unet.conv_in.weight
+    assert torch.equal(weight, tensors["model.diffusion_model.input_blocks.0.0.weight"].float())
+
+
+def test_a_larger_network_is_not_cut_to_fit(file: Path) -> None:
+    tensors = load_file(file)
+    block = re.compile(r"(model\.diffusion_model\.middle_block\.1\.transformer_blocks)\.0\.")
+    more = {block.sub(r"\1.7.", name): tensor.clone() for name, tensor in tensors.items() if block.match(name)}
+    save_file(tensors | more, file)
+    first = r"mid_block\.attentions\.0\.transformer_blocks\.7\."
+    with pytest.raises(ModelError, match=rf"its unet has {len(more)} tensors such as {first}.* has no place for"):
+        single.laid_out(file)
+
+
+def test_a_layout_that_lacks_something_can_be_mended(folder: Path, file: Path, tmp_path: Path) -> None:
+    """Nothing is laid out from it, so that the same command works afterwards."""
+    (folder / "tokenizer").rename(tmp_path / "away")
+    with pytest.raises(
+        ModelError, match=r"^model: tokenizer/tokenizer\.json is missing; copy the model's folder again"
+    ):
+        single.laid_out(file)
+    (tmp_path / "away").rename(folder / "tokenizer")
+    config = (folder / "unet/config.json").read_text()
+    (folder / "unet/config.json").write_text(json.dumps({**json.loads(config), "block_out_channels": 3}))
+    with pytest.raises(
+        ModelError, match=r"its unet cannot be read as model/unet/config\.json describes it \(TypeError"
+    ):
+        single.laid_out(file)
+    (folder / "unet/config.json").write_text(config)
+    assert Backbone.load(file).picture_px == Backbone.load(folder).picture_px
+
+
+def test_what_an_update_costs_is_found_from_a_file(folder: Path, file: Path) -> None:
+    assert cost.read(str(file)).learning.forward == cost.read(str(folder)).learning.forward > 0
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for name in ("nowhere.safetensors", "n" * 300 + ".safetensors"):
+        with pytest.raises(ModelError, match=r"there is no file '.*'; check the path"):
+            Backbone.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
     ("tensors", "what"),
     [
         ({"lora_unet_mid_block.lora_down.weight": (4, 8)}, "is a LoRA"),
@@ -232,7 +303,6 @@ def test_one_for_inpainting_is_refused(file: Path) -> None:
 
 def test_without_a_layout_it_says_what_to_do(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HYPERSD_LAYOUT")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match=r"are needed once and could not be fetched .*HYPERSD_LAYOUT=folder"):
         single.laid_out(file)
     (tmp_path / "other").mkdir()
@@ -240,6 +310,15 @@ def test_without_a_layout_it_says_what_to_do(file: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HYPERSD_LAYOUT", str(tmp_path / "other"))
     with pytest.raises(ModelError, match="HYPERSD_LAYOUT must name a folder with a StableDiffusion"):
         single.laid_out(file)
+
+
+def test_a_header_without_a_bottom_is_a_sentence(tmp_path: Path) -> None:
+    text = b'{"a":' + b"[" * 200_000
+    (tmp_path / "deep.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(
+        ModelError, match=r"deep\.safetensors has no readable header \(RecursionError\); fetch it again"
+    ):
+        single.laid_out(tmp_path / "deep.safetensors")
 
 
 @settings(max_examples=60, deadline=None)
