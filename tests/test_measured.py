@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hypersd import bench
+from hypersd import bench, folders
 from hypersd.evaluate import report
 from hypersd.ui import measured
 
@@ -50,12 +50,15 @@ def test_nothing_published_is_nothing_shown(tmp_path: Path, caplog: pytest.LogCa
     assert "report.json is not shown" in caplog.text and "bench.json is not shown" in caplog.text
 
 
-def test_publishing_copies_to_where_the_app_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench.MEASURED == measured.FOLDER
-    monkeypatch.setattr(bench, "MEASURED", tmp_path / "measured")
-    (tmp_path / "bench.json").write_text("{}", encoding="utf-8")
-    bench.publish(tmp_path, "bench.json")
-    assert (tmp_path / "measured" / "bench.json").read_text(encoding="utf-8") == "{}"
+def test_each_backbone_shows_the_figures_that_were_measured_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model's figures never stand under another's pictures, and publishing one leaves the other's alone."""
+    (tmp_path / "bench.json").write_text(json.dumps(SPEED), encoding="utf-8")
+    monkeypatch.setattr(folders, "__file__", str(tmp_path / "hypersd/folders.py"))
+    bench.publish(tmp_path, "some/tiny", "bench.json")
+    assert measured.page(folders.measured("emoji")) == ""
+    assert "1.10 to 1.40" in measured.page(folders.measured("tiny"))
 
 
 def test_the_readme_shows_primary_figures_of_all_prompts() -> None:
