@@ -291,6 +291,7 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, help="timestep of score distillation and of one step (default: the last)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
+    parser.add_argument("--checkpointing", action="store_true", help="keep no activations but compute them again")
     parser.add_argument("--dry-run", action="store_true", help="say what it will take, train nothing")
 
 
@@ -311,7 +312,7 @@ def distill_command(given: argparse.Namespace) -> None:
     if given.dry_run:
         from hypersd.plan import dry_run
 
-        for line in dry_run(method, load(), settings, recipe):
+        for line in dry_run(method, load(), settings, recipe, checkpointing=given.checkpointing):
             print(line, flush=True)
         return
     runs, out = (
@@ -333,6 +334,7 @@ def distill_command(given: argparse.Namespace) -> None:
         name=given.name,
         begin=begin,
         minutes=given.minutes,
+        checkpointing=given.checkpointing,
     )
     for file in files:
         print(f"{file.path}: {file.card.segments} segment(s), {file.card.updates} updates, sha256 {file.sha256[:12]}")

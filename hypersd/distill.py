@@ -379,6 +379,7 @@ def run(
     name: str | None = None,
     begin: adapters.AdapterFile | None = None,
     minutes: float | None = None,
+    checkpointing: bool = False,
 ) -> list[adapters.AdapterFile]:
     """Train every stage of a method that has no file in `out` yet, each from the one before.
 
@@ -389,6 +390,7 @@ def run(
         out: where the LoRA files go; `name`, the method's own if not given, is their row in the app.
         begin: the LoRA that the first stage starts from; by default of the method that this one goes on from.
         minutes: stop after so long, of all stages together.
+        checkpointing: compute activations twice instead of keeping them; it may change from call to call.
 
     Raises:
         InputError: the data holds no pictures, or fewer than a batch; a folder cannot be written to; `name` is taken.
@@ -407,6 +409,8 @@ def run(
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
         if first := files[-1] if files else begin or _beginning(method, out):
             objective.start_from(first, chosen=first is begin)
+        if checkpointing:
+            objective.roles.checkpointing()
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
         file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)
         del backbone, data, objective

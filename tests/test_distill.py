@@ -619,6 +619,24 @@ def test_a_wrong_input_is_one_sentence(
     assert Path("file").read_text() == "kept"
 
 
+@pytest.mark.usefixtures("quick")
+def test_activations_may_be_kept_or_not_from_call_to_call(tiny_folder: Path, tmp_path: Path) -> None:
+    """What is not kept is computed again; the run and its card know nothing of it."""
+    learning: list[bool] = []
+
+    def load() -> Backbone:
+        backbone = Backbone.load(tiny_folder)
+        block = backbone.unet.down_blocks[0].resnets[0]
+        block.register_forward_pre_hook(lambda *_: learning.append(torch.is_grad_enabled()))
+        return backbone
+
+    given = {"method": "lcm", "recipe": replace(SHORT, updates=2), "load": load}
+    assert train(tiny_folder, tmp_path, **given, checkpointing=True, minutes=0.0) == []  # one update
+    assert sum(learning) == 2
+    (file,) = train(tiny_folder, tmp_path, **given)
+    assert sum(learning) == 3 and "checkpointing" not in file.card.recipe
+
+
 def test_prompts_alone_are_no_data_for_distillation(tiny_folder: Path, tmp_path: Path) -> None:
     def prompts(backbone: Backbone) -> Latents:
         return replace(Latents.of(backbone), latents=None)

@@ -26,6 +26,7 @@ from test_shared import launcher
 from torch import Tensor
 
 from hypersd import distill
+from hypersd import train as train_loop
 from hypersd.adapters import found, named
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation
@@ -93,6 +94,8 @@ def weights(run: Run) -> dict[str, Tensor]:
 def work(folder: Path) -> dict[str, Any]:
     """All that two processes do here, in one go."""
     distill.SHEET_STEPS, distill.TEACHER_STEPS = (1, 2), 4  # a call takes long where each block waits for the other
+    train_loop.plot = lambda log, path: None  # slower than the training
+    gc.freeze()  # what was imported is not looked at again by `held`
     told: dict[str, Any] = {}
     for kind in KINDS:
         for name, shares in (("whole", False), ("shares", True)):

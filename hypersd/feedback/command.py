@@ -123,6 +123,7 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segmenter", default="assets/emoji-segmenter", help="of the structure loss")
     parser.add_argument("--runs", default="runs/refine", help="folder of the run (default: %(default)s)")
     parser.add_argument("--name", help="of its row in the app (default: the parent's and -refined)")
+    parser.add_argument("--checkpointing", action="store_true", help="keep no activations but compute them again")
 
 
 def refine_run(given: argparse.Namespace) -> Lines:
@@ -148,6 +149,8 @@ def refine_run(given: argparse.Namespace) -> Lines:
         prompts=[p.text for p in looked_at],
         structure=structure.Outline(Path(given.segmenter)) if given.structure else None,
     )  # fmt: skip
+    if given.checkpointing:
+        objective.roles.checkpointing()
     path = folder / f"{name}-{parent.card.segments}.safetensors"
     made = refl.run(objective, _refining(given), Path(given.runs) / path.stem, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
