@@ -313,7 +313,7 @@ def distill_command(given: argparse.Namespace) -> None:
     if given.dry_run:
         from hypersd.plan import dry_run
 
-        for line in dry_run(method, load(), settings, recipe):
+        for line in dry_run(method, load(), settings, recipe, checkpointing=given.checkpointing):
             print(line, flush=True)
         return
     runs, out = (

@@ -8,6 +8,8 @@ the pass stops after the middle block. Loss: hinge (arXiv:1705.02894, eq. 5-6), 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +18,6 @@ from torch import Tensor, nn
 from hypersd.network import call
 
 WIDTH = 64
-
-
-class _Enough(Exception):
-    """The last feature wanted has been seen; the rest of the network need not run."""
 
 
 class Adversary(nn.Module):
@@ -56,19 +54,26 @@ def features(frozen: Any, x_t: Tensor, t: Tensor, states: Tensor) -> list[Tensor
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
-        if len(seen) == len(blocks):
-            raise _Enough
 
-    blocks = [*frozen.down_blocks, frozen.mid_block]
-    hooks = [block.register_forward_hook(note) for block in blocks]
-    try:
+    with _lower_half(frozen), ExitStack() as hooks:
+        for block in (*frozen.down_blocks, frozen.mid_block):
+            hooks.callback(block.register_forward_hook(note).remove)
         call(frozen, x_t.to(frozen.dtype), t, states.to(frozen.dtype))
-    except _Enough:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
+
+
+@contextmanager
+def _lower_half(network: Any) -> Iterator[None]:
+    """The network ends with its middle block, as a call that returns: FSDP gathers and frees weights around calls."""
+    ends = {"up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
+    upper = {name: getattr(network, name) for name in ends}
+    try:
+        for name, end in ends.items():
+            setattr(network, name, end)
+        yield
+    finally:
+        for name, part in upper.items():
+            setattr(network, name, part)
 
 
 def fool(judgements: list[Tensor]) -> Tensor:

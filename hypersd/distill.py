@@ -161,6 +161,9 @@ class Distillation:
     def averages(self) -> dict[str, nn.Module]:
         return {"student": self.roles["ema"]}
 
+    def shard(self) -> None:
+        self.roles.shard()
+
     def describe(self) -> dict[str, Any]:
         return {
             "method": self.method.name,
@@ -289,7 +292,7 @@ class Distillation:
 
     # ------------------------------------------------------------------------------------------ while it trains
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sheet(self, folder: Path, step: int) -> dict[str, float]:
         """A grid: fixed prompts in rows; 1, 2, 4, 8 steps of the student and 50 of the teacher in columns.
 
@@ -307,7 +310,8 @@ class Distillation:
             pictures.append(self.backbone.decode(goals[number][None])[0])
         columns = len(SHEET_STEPS) + 1
         grid = torch.cat([torch.cat(pictures[i : i + columns], 1) for i in range(0, len(pictures), columns)])
-        Image.fromarray(grid.numpy()).save(folder / "sheet.png")
+        if processes().is_main_process:
+            Image.fromarray(grid.numpy()).save(folder / "sheet.png")
         return distance
 
     def _teacher(self, folder: Path) -> Tensor:
@@ -315,15 +319,18 @@ class Distillation:
         low, high = self.settings.guidance
         key = f"{self.backbone.network_sha256} {self.settings.prompts} {low} {high} {TEACHER_STEPS}"
         path = folder / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
-        if not path.exists():
-            base, g = METHODS["base"], (low + high) / 2
-            prompts = tqdm(self.settings.prompts, desc="teacher", unit="picture")
-            with self.roles.wear():
-                ends = [denoise(self.backbone, Request(p, i, TEACHER_STEPS, g), base).x for i, p in enumerate(prompts)]
+        if path.exists():
+            return torch.from_numpy(np.load(path)).to(self.backbone.device)
+        base, g = METHODS["base"], (low + high) / 2
+        prompts = tqdm(self.settings.prompts, desc="teacher", unit="picture")
+        with self.roles.wear():
+            ends = [denoise(self.backbone, Request(p, i, TEACHER_STEPS, g), base).x for i, p in enumerate(prompts)]
+        drawn = torch.cat(ends)
+        if processes().is_main_process:
             staging = path.with_suffix(".tmp.npy")
-            np.save(staging, torch.cat(ends).cpu().numpy())
+            np.save(staging, drawn.cpu().numpy())
             os.replace(staging, path)  # killed while it writes, it would leave half a file that counts as whole
-        return torch.from_numpy(np.load(path)).to(self.backbone.device)
+        return drawn
 
 
 # ----------------------------------------------------------------------------------------------- stage by stage

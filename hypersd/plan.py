@@ -91,7 +91,9 @@ def counted(network: nn.Module) -> Iterator[Counter[str]]:
         hook.remove()
 
 
-def dry_run(method: Method, backbone: Backbone, settings: Settings, recipe: Recipe) -> Iterator[str]:
+def dry_run(
+    method: Method, backbone: Backbone, settings: Settings, recipe: Recipe, *, checkpointing: bool = False
+) -> Iterator[str]:
     """The plan of a training, line by line: parts, sizes, network calls of an update, seconds."""
     stages = len(method.stages)
     yield f"{method.name} on {backbone.name}, {stages} stage(s) of {recipe.updates:,} updates of {recipe.batch}"
@@ -100,6 +102,8 @@ def dry_run(method: Method, backbone: Backbone, settings: Settings, recipe: Reci
     stage = method.stages[-1]
     base = sum(p.numel() for p in backbone.unet.parameters())
     objective = Distillation(backbone, MadeUp.of(backbone, recipe.batch), method, stage, settings)
+    if checkpointing:
+        objective.roles.checkpointing()
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in objective.modules().items()}
     yield from _parts(base, backbone.unet.dtype, parts)
     with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +197,9 @@ def on_paper(name: str, method: Method, settings: Settings, recipe: Recipe, mach
         learners["adversary"] = network.judging
     yield from _parts(network.parameters, dtype, learners)
     yield from _activations(updates, micro, network.bytes + 4 * cost.COPIES * sum(learners.values()), machines.gpu)
+    if machines.count > 1:
+        spared = network.bytes * (1 - 1 / machines.count)
+        yield f"shared among the GPUs (fsdp.yaml), the base takes {spared / 1e9:.2f} GB less of each one's memory"
     for update in dict.fromkeys(updates):  # stages that cost the same are told of once
         alike = [str(s.segments) for s, u in zip(method.stages, updates, strict=True) if u == update]
         yield from _calls(f"{', '.join(alike)} segment(s)", update, recipe.batch, pieces)

@@ -238,6 +238,21 @@ class Roles:
         """Trade time for memory (arXiv:1604.06174); what is computed again is computed in the roles of then."""
         self.network.enable_gradient_checkpointing(partial(_checkpoint, self))
 
+    def shard(self) -> None:
+        """Leave each process its share of the base (FSDP, arXiv:2304.11277); a block is whole while it computes.
+
+        For when all roles are there, which stay whole in each process. Afterwards a call of the network is one that all
+        processes make together. The first is a whole one, not an adversary's look: it finds out which blocks there are.
+        """
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+        from torch.distributed.fsdp import fully_shard
+
+        whole = {parameter for role in self._roles.values() for parameter in role.parameters()}
+        blocks = [block for block in self.network.modules() if isinstance(block, BasicTransformerBlock | ResnetBlock2D)]
+        for block in (*blocks, self.network):  # what is in no block is a group of its own, freed as theirs are
+            fully_shard(block, ignored_params=whole, reshard_after_forward=True)
+
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
         """Make `target` equal to `source`."""

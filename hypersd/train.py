@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import pandas
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -139,7 +139,8 @@ class Objective(Protocol):
     """What to train. `modules` are optimised and saved, each under its own optimizer, each with an average.
 
     An objective that needs an average while it trains (a target network) offers `averages() -> {name: module}`: the
-    average of module `name` then lives in that module's tensors.
+    average of module `name` then lives in that module's tensors. One with a large frozen part offers `shard()`, which
+    leaves each process a share of it; from then on every process draws the sheets, and only the first one writes.
     """
 
     def modules(self) -> dict[str, nn.Module]: ...
@@ -169,6 +170,9 @@ class Run:
         self.processes = processes()
         self.parts = recipe.parts(self.processes.process_index, self.processes.num_processes)
         self.networks = objective.modules()
+        self.sharded = sharding() and hasattr(objective, "shard")
+        if self.sharded:
+            objective.shard()  # type: ignore[attr-defined]
         self.optimizers = {name: _optimizer(m, recipe) for name, m in self.networks.items()}
         kept: dict[str, nn.Module] = getattr(objective, "averages", dict)()
         self.average = {
@@ -275,30 +279,34 @@ class Run:
                 now = time.monotonic()
                 if self.step % 50 == 0:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in self._recent(50).items()})
-                if now - drawn > 60 * sheet_every:
+                enough = signals.came or (minutes is not None and now - started > 60 * minutes)
+                enough, due = self._any(enough, now - drawn > 60 * sheet_every)
+                if due:
                     self.draw()
                     drawn = time.monotonic()
                 if now - saved > 60 * save_every:
                     self.save()
                     saved = time.monotonic()
-                if self._any(signals.came or (minutes is not None and now - started > 60 * minutes)):
+                if enough:
                     break
             self.save()
         self.draw()
         return self.step >= goal
 
-    def _any(self, mine: bool) -> bool:
-        """Whether it is true in any process, so that all stop at the same update."""
+    def _any(self, *mine: bool) -> list[bool]:
+        """Whether each is true in any process, so that all stop, and draw, at the same update."""
         if self.processes.num_processes == 1:
-            return mine
-        return bool(reduce(torch.tensor(float(mine), device=self.processes.device), "sum"))
+            return list(mine)
+        return (reduce(torch.tensor(mine, dtype=torch.float32, device=self.processes.device), "sum") > 0).tolist()
 
     def draw(self) -> dict[str, float]:
         """The sample sheet and the loss curve; the objective's measures go to measures.jsonl."""
-        if not self.processes.is_main_process:
+        if not (self.processes.is_main_process or self.sharded):
             return {}
         with self.averaged():
             measures = self.measures = self.objective.sheet(self.folder, self.step)
+        if not self.processes.is_main_process:
+            return measures
         with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **measures}) + "\n")
         plot(self.log, self.folder / "loss.png")
@@ -373,6 +381,11 @@ class Run:
 def processes() -> PartialState:
     """This process of how many, as `accelerate launch` or torchrun set it up, and its device."""
     return PartialState(cpu=not torch.cuda.is_available())  # not told so, each of several on CPUs takes itself for all
+
+
+def sharding() -> bool:
+    """Whether `accelerate launch` was told to divide what is large among the processes (FSDP)."""
+    return processes().num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

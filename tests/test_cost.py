@@ -160,7 +160,8 @@ def test_the_plan_says_what_it_takes_and_what_it_assumes(capsys: pytest.CaptureF
                 "--price-per-hour", "2")  # fmt: skip
     for words in ("tscd on emoji, 4 stage(s) of 100 updates of 8, on 2 NVIDIA A100", "4 latent(s) at a time",
                   "16.8 M parameters, frozen, in memory once", "student", "adversary", "without checkpointing",
-                  "4, 2, 1 segment(s), network calls", "which cost", "312 TFLOP/s", "50% of them"):  # fmt: skip
+                  "(fsdp.yaml), the base takes 0.03 GB less", "4, 2, 1 segment(s), network calls", "which cost",
+                  "312 TFLOP/s", "50% of them"):  # fmt: skip
         assert words in said
     assert "no price was given" in told(capsys, "--method", "lcm")
 

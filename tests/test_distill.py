@@ -286,28 +286,6 @@ def test_gradients_are_the_same_with_activation_checkpointing(backbone: Backbone
         torch.testing.assert_close(found, plain[name][1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_can_turn_to_checkpointing_midway(tiny_folder: Path, tmp_path: Path) -> None:
-    """It is no other run: the same command with the switch goes on, and blocks are computed again."""
-    calls: list[None] = []
-
-    def load() -> Backbone:
-        backbone = Backbone.load(tiny_folder)
-        backbone.unet.down_blocks[1].resnets[0].register_forward_pre_hook(lambda *_: calls.append(None))
-        return backbone
-
-    def trained(folder: Path, **given: Any) -> list[adapters.AdapterFile]:
-        recipe = replace(RECIPE, updates=2, accumulate=1)
-        return distill.run(METHODS["lcm"], load, Latents.of, SETTINGS, recipe, folder / "runs", folder / "out", **given)
-
-    trained(tmp_path / "plain")
-    plain = len(calls)
-    trained(tmp_path / "again", checkpointing=True)
-    assert len(calls) - plain == plain + 2, "once more in each update"
-    assert trained(tmp_path / "midway", minutes=0) == []
-    (made,) = trained(tmp_path / "midway", checkpointing=True)
-    assert made.card.updates == 2
-
-
 # ----------------------------------------------------------------------------------------- what the loss is
 
 
@@ -638,6 +616,24 @@ def test_a_wrong_input_is_one_sentence(
     assert said.startswith("hypersd: ") and sentence in said
     assert not list(tmp_path.rglob("*.safetensors"))
     assert Path("file").read_text() == "kept"
+
+
+@pytest.mark.usefixtures("quick")
+def test_activations_may_be_kept_or_not_from_call_to_call(tiny_folder: Path, tmp_path: Path) -> None:
+    """What is not kept is computed again; the run and its card know nothing of it."""
+    learning: list[bool] = []
+
+    def load() -> Backbone:
+        backbone = Backbone.load(tiny_folder)
+        block = backbone.unet.down_blocks[0].resnets[0]
+        block.register_forward_pre_hook(lambda *_: learning.append(torch.is_grad_enabled()))
+        return backbone
+
+    given = {"method": "lcm", "recipe": replace(SHORT, updates=2), "load": load}
+    assert train(tiny_folder, tmp_path, **given, checkpointing=True, minutes=0.0) == []  # one update
+    assert sum(learning) == 2
+    (file,) = train(tiny_folder, tmp_path, **given)
+    assert sum(learning) == 3 and "checkpointing" not in file.card.recipe
 
 
 def test_prompts_alone_are_no_data_for_distillation(tiny_folder: Path, tmp_path: Path) -> None:

@@ -28,12 +28,12 @@ from hypersd.train import Recipe, processes
 CONFIG = ROOT / "hypersd/accelerate/ddp.yaml"
 
 
-def launcher() -> list[str]:
+def launcher(config: Path = CONFIG) -> list[str]:
     """What starts two processes of the program that follows. With accelerate's --cpu there would be one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    given = ["--config_file", str(CONFIG), "--num_processes", "2", "--main_process_port", port]
+    given = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", port]
     return [sys.executable, "-m", "accelerate.commands.launch", *given]
 
 

@@ -37,7 +37,7 @@ from hypersd.methods import Stage
 from hypersd.methods.tcd import trajectories
 from hypersd.records import Adapter, InputError, Problem, Request
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, Run, Step
+from hypersd.train import Recipe, Run, Step, processes
 
 MODES = ("reuse", "rollout")
 RECIPE = Recipe(updates=200, batch=16, lr=2e-4, warmup=10, cooldown=50, weight_decay=0.0, ema=0.95)
@@ -158,11 +158,14 @@ class Refinement(distill.Distillation):
         return self.structure(pictures, self.data.masks(step.rows(len(self.data))[:count])).mean()  # type: ignore[attr-defined]
 
     def _rolled_out(self, step: Step, count: int) -> tuple[Tensor, list[str]]:
-        """The student's own drawing from noise to a random step, which alone learns; what it then has in mind."""
+        """The student's own drawing from noise to a random step, which alone learns; what it then has in mind.
+
+        The step is the same for the whole update: processes that share the base call the network equally often.
+        """
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
         jumps = self.schedule.jumps(self.asked.steps)
-        last = int(torch.randint(len(jumps), (), generator=step.generator("rollout")))
+        last = int(torch.randint(len(jumps), (), generator=Step(step.index, step.recipe).generator("rollout")))
         for number, (t, s) in enumerate(jumps[: last + 1]):
             where = torch.full((count,), t, device=x_t.device)
             x0, eps = self.estimate("student", x_t, where, states, learn=number == last)
@@ -186,7 +189,8 @@ class Refinement(distill.Distillation):
         told = {f"reward_{r.name}": float(r(pictures, prompts).mean()) for r in self.rewards}
         shown = [torch.cat([self.backbone.decode(z[None])[0] for z in pair], 1)
                  for pair in zip(self._first[:12], latents[:12], strict=True)]  # fmt: skip
-        Image.fromarray(torch.cat(shown).numpy()).save(folder / "sheet.png")
+        if processes().is_main_process:
+            Image.fromarray(torch.cat(shown).numpy()).save(folder / "sheet.png")
         moved = float((latents - self._first).square().mean())
         return {"picked": float(self.picker(pictures, prompts).mean()), **told, "moved": moved}
 
