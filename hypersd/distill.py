@@ -292,7 +292,7 @@ class Distillation:
 
     # ------------------------------------------------------------------------------------------ while it trains
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference mode: what FSDP gathers for the first time in it would be unfit for training
     def sheet(self, folder: Path, step: int) -> dict[str, float]:
         """A grid: fixed prompts in rows; 1, 2, 4, 8 steps of the student and 50 of the teacher in columns.
 

@@ -241,8 +241,9 @@ class Roles:
     def shard(self) -> None:
         """Leave each process its share of the base (FSDP, arXiv:2304.11277); a block is whole while it computes.
 
-        For when all roles are there, which stay whole in each process. Afterwards a call of the network is one that all
-        processes make together. The first is a whole one, not an adversary's look: it finds out which blocks there are.
+        For when all roles are there; they stay whole in each process, as the base is up to now. From now on a call of
+        the network is one that all processes make together. The first has to be a whole one, since it finds out which
+        blocks there are: an adversary's look, which ends in the middle, would miss some.
         """
         from diffusers.models.attention import BasicTransformerBlock
         from diffusers.models.resnet import ResnetBlock2D

@@ -629,7 +629,7 @@ def test_activations_may_be_kept_or_not_from_call_to_call(tiny_folder: Path, tmp
         block.register_forward_pre_hook(lambda *_: learning.append(torch.is_grad_enabled()))
         return backbone
 
-    given = {"method": "lcm", "recipe": replace(SHORT, updates=2), "load": load}
+    given: dict[str, Any] = {"method": "lcm", "recipe": replace(SHORT, updates=2), "load": load}
     assert train(tiny_folder, tmp_path, **given, checkpointing=True, minutes=0.0) == []  # one update
     assert sum(learning) == 2
     (file,) = train(tiny_folder, tmp_path, **given)

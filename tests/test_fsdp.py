@@ -93,7 +93,8 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 def work(folder: Path) -> dict[str, Any]:
     """All that two processes do here, in one go."""
-    distill.SHEET_STEPS, distill.TEACHER_STEPS = (1, 2), 4  # a call takes long where each block waits for the other
+    # a call takes long where each block waits for the other process
+    distill.SHEET_STEPS, distill.TEACHER_STEPS = (1, 2), 4  # type: ignore[assignment]
     train_loop.plot = lambda log, path: None  # slower than the training
     gc.freeze()  # what was imported is not looked at again by `held`
     told: dict[str, Any] = {}
