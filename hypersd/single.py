@@ -6,6 +6,10 @@ Stable Diffusion 1.x and XL under their original names; diffusers translates the
 any other. Such a file has weights only. What else a pipeline needs, configurations and tokenizers, is that of the base
 model which the checkpoint was tuned from: from the hub's cache, or fetched (a few MB), or from a folder that
 HYPERSD_LAYOUT names.
+
+That it predicts v instead of the noise it may say by a tensor `v_pred`, by ModelSpec's metadata
+(https://github.com/Stability-AI/ModelSpec; ComfyUI writes `predict_key`), or by `parameterization: v` in a YAML file
+beside it, as CompVis' trainer has it; that its last timestep is noise alone, by a tensor `ztsnr`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from hypersd.folders import (
     read_json,
     write_manifest,
 )
+from hypersd.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +62,8 @@ OTHERS = {  # a name in a file -> what it is
     "double_blocks.": "of FLUX",
     "control_model.": "a ControlNet",
 }
+METADATA = "__metadata__"
 NOISES = {  # tensors that are names alone -> how a checkpoint was trained that the schedules here do not describe
-    "ztsnr": "to end in noise without signal (zero terminal SNR)",
     "edm_mean": "with the noise of EDM",
     "edm_vpred.sigma_max": "with the noise of EDM",
 }
@@ -89,23 +94,24 @@ def laid_out(name_or_path: str | Path) -> str | Path:
     kind = family(header, file.name)
     _check(header, file.name)
     stat = file.stat()
-    told = json.dumps([header, stat.st_size, stat.st_mtime_ns, os.environ.get("HYPERSD_LAYOUT", "")], sort_keys=True)
+    v, layout = _predicts_v(file, header), os.environ.get("HYPERSD_LAYOUT", "")
+    told = json.dumps([header, v, stat.st_size, stat.st_mtime_ns, layout], sort_keys=True)
     folder = FOLDERS / f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        _lay_out(file, header, kind, folder)
+        _lay_out(file, header, v, kind, folder)
     return folder
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """{tensor: {"dtype", "shape", "data_offsets"}}; the file is as long as it says."""
+    """{tensor: {"dtype", "shape", "data_offsets"}}, and METADATA's texts; the file is as long as it says."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > HEADER_MAX:
                 raise ValueError("header too long")
             header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        expected = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+        header[METADATA] = dict(header.get(METADATA, {}))
+        expected = 8 + length + max(about["data_offsets"][1] for key, about in header.items() if key != METADATA)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ModelError(f"{file.name} has no readable header ({type(error).__name__}); fetch it again") from error
     if file.stat().st_size != expected:
@@ -140,7 +146,26 @@ def _check(header: Header, name: str) -> None:
         raise ModelError(f"{name} has weights of type {odd[0]}; choose the checkpoint in half or full precision")
 
 
-def _lay_out(file: Path, header: Header, kind: str, folder: Path) -> None:
+def _predicts_v(file: Path, header: Header) -> bool:
+    """Whether it says so. A YAML file beside it that cannot be read is a ModelError: it was put there to be heeded."""
+    import yaml
+
+    told = (header[METADATA].get(f"modelspec.{key}") for key in ("prediction_type", "predict_key"))
+    if "v_pred" in header or any(value in ("v", "v_prediction") for value in told):
+        return True
+    beside = file.with_suffix(".yaml")
+    if not beside.is_file():
+        return False
+    try:
+        params = yaml.safe_load(beside.read_text(encoding="utf-8"))["model"]["params"]
+        return bool(params.get("parameterization") == "v")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"{beside.name} is no configuration of {file.name} ({type(error).__name__}); mend it, or take it away"
+        ) from error
+
+
+def _lay_out(file: Path, header: Header, v: bool, kind: str, folder: Path) -> None:
     """All or nothing: the folder gets its name when everything is in it. One part after the other is in memory."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
@@ -152,7 +177,7 @@ def _lay_out(file: Path, header: Header, kind: str, folder: Path) -> None:
         for path in (p for pattern in DESCRIBED for p in layout.glob(pattern) if p.is_file()):
             (place / path.relative_to(layout)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place / path.relative_to(layout))
-        _describe(place, header)
+        _describe(place, v, "ztsnr" in header)
         try:
             with safe_open(file, "pt") as tensors:
                 for part, about in tqdm(FAMILIES[kind].items(), desc=f"laying out {file.name}", unit="part"):
@@ -216,6 +241,10 @@ def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -
                 "choose a checkpoint that was not made for inpainting, or name the folder of a model of its "
                 "architecture: HYPERSD_LAYOUT=folder"
             )
+    if about.denoiser and (more := sum(key.startswith(UNET) for key in tensors.keys()) - len(expected)):  # noqa: SIM118
+        raise ModelError(  # those that the translation passes over without a word, such as motion modules
+            f"{name}: its {part} has {more} tensors that no network of its kind has; choose another checkpoint"
+        )
     return {key: found[key].contiguous() for key in expected}
 
 
@@ -250,13 +279,26 @@ def _renamed(tensors: Any, part: str, config: Mapping[str, Any], expected: Mappi
     return found if wrapped else {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
 
 
-def _describe(folder: Path, header: Header) -> None:
-    """What a checkpoint says of its noise schedule, by tensors that are names alone: "v_pred"."""
+def _describe(folder: Path, v: bool, ztsnr: bool) -> None:
+    """The base model's scheduler with what the checkpoint says of its noise; its index without what is not there."""
     path = folder / "scheduler/scheduler_config.json"
     config = read_json(folder, folder.name, "scheduler/scheduler_config.json")
-    config |= {"prediction_type": "v_prediction"} if "v_pred" in header else {}
+    config |= {"prediction_type": "v_prediction"} if v else {}
+    if ztsnr:
+        config |= {"trained_betas": _to_noise_alone(Schedule.from_config(config)), "timestep_spacing": "trailing"}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path = folder / "model_index.json"
     index = read_json(folder, folder.name, path.name)
     absent = {part: [None, None] for part in ("safety_checker", "feature_extractor", "image_encoder") if part in index}
     path.write_text(json.dumps(index | absent, indent=2) + "\n", encoding="utf-8")
+
+
+def _to_noise_alone(schedule: Schedule) -> list[float]:
+    """Its betas, shifted and stretched until no signal is left at the end (arXiv:2305.08891, algorithm 1).
+
+    2^-24 of abar is left, as in diffusers' EulerDiscreteScheduler, so that nothing is divided by zero.
+    """
+    signal = schedule.alphas_cumprod.double().sqrt()
+    abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    abar[-1] = 2.0**-24
+    return [1 - float(abar[0]), *(1 - abar[1:] / abar[:-1]).tolist()]

@@ -174,6 +174,48 @@ def test_every_tensor_of_the_true_networks_finds_its_place(
     }
 
 
+def test_every_tensor_of_the_true_encoders_finds_its_place(tmp_path: Path) -> None:
+    """SDXL's autoencoder and text encoders on meta tensors; the first two are Stable Diffusion 1.5's as well."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    clip_l = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    big_g = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                           projection_dim=1280)  # fmt: skip
+    with torch.device("meta"):
+        coder = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                              down_block_types=("DownEncoderBlock2D",) * 4,
+                              up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+        first, second = CLIPTextModel(clip_l), CLIPTextModelWithProjection(big_g)
+    parts = {"vae": coder, "text_encoder": first, "text_encoder_2": second}
+    names = {
+        "vae": vae(coder.state_dict(), 4),
+        "text_encoder": clip(first.state_dict(), single.CLIP[1]),
+        "text_encoder_2": open_clip(second.state_dict(), single.OPEN_CLIP),
+    }
+    # the published file has position_ids and logit_scale besides: 197 and 390
+    assert [len(those) for those in names.values()] == [248, 196, 389]
+    known = {
+        "first_stage_model.decoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "first_stage_model.decoder.up.3.upsample.conv.weight": (512, 512, 3, 3),
+        "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+        "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight": (3840, 1280),
+        "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": (1280,),
+        "conditioner.embedders.1.model.positional_embedding": (77, 1280),
+        "conditioner.embedders.1.model.text_projection": (1280, 1280),
+    }
+    assert known.items() <= {k: tuple(t.shape) for those in names.values() for k, t in those.items()}.items()
+    for part, model in parts.items():
+        (model.config.save_pretrained if part.startswith("text") else model.save_config)(tmp_path / part)
+
+        class File:
+            keys, get_tensor = names[part].keys, names[part].__getitem__
+
+        found = single._translated(File(), part, FAMILIES["StableDiffusionXLPipeline"][part], tmp_path, part)
+        assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in model.state_dict().items()}
+
+
 def test_it_is_laid_out_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = single.laid_out(file)
     assert isinstance(first, Path) and adapters.beside(str(file)) == (first, first / "lora")
@@ -182,15 +224,65 @@ def test_it_is_laid_out_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [path.name for path in single.FOLDERS.iterdir()] == [first.name], "nothing half done stays behind"
 
 
-def test_what_it_says_of_its_noise_is_heeded(file: Path) -> None:
-    save_file({**load_file(file), "v_pred": torch.zeros(0)}, file)
-    folder = Path(single.laid_out(file))
-    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that was tuned from a base model which predicts the noise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYPERSD_LAYOUT", str(tiny.build(tmp_path / "model", prediction="epsilon")))
+    save_file(original(tmp_path / "model"), tmp_path / "tuned.safetensors")
+    return tmp_path / "tuned.safetensors"
+
+
+V = {"v_pred": torch.zeros(0)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said", "beside", "expected"),
+    [
+        ({}, {}, "", "epsilon"),
+        (V, {}, "", "v_prediction"),
+        ({}, {"modelspec.prediction_type": "v"}, "", "v_prediction"),
+        ({}, {"modelspec.predict_key": "v"}, "", "v_prediction"),
+        ({}, {"modelspec.prediction_type": "epsilon"}, "", "epsilon"),
+        ({}, {}, "model: {params: {parameterization: v}}", "v_prediction"),
+        ({}, {}, "model: {params: {timesteps: 1000}}", "epsilon"),
+    ],
+)
+def test_what_it_says_of_its_noise_is_heeded(
+    tensors: dict[str, Tensor], said: dict[str, str], beside: str, expected: str, tuned: Path
+) -> None:
+    plain = single.laid_out(tuned)  # a second look at the same file, when the YAML file was put there
+    if tensors or said:
+        save_file({**load_file(tuned), **tensors}, tuned, said)
+    if beside:
+        tuned.with_suffix(".yaml").write_text(beside)
+    backbone = Backbone.load(tuned)
+    assert backbone.schedule.prediction == expected
+    assert Backbone.load(plain).schedule.prediction == "epsilon"
+
+
+def test_a_yaml_file_that_cannot_be_read_is_named(tuned: Path) -> None:
+    tuned.with_suffix(".yaml").write_text("model: [")
+    with pytest.raises(ModelError, match=r"tuned\.yaml is no configuration of tuned\.safetensors .*take it away"):
+        single.laid_out(tuned)
+
+
+def test_noise_alone_at_the_end_is_what_diffusers_makes_of_it(tuned: Path) -> None:
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    save_file({**load_file(tuned), **V, "ztsnr": torch.zeros(0)}, tuned)
+    backbone = Backbone.load(tuned)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+    abar = backbone.schedule.alphas_cumprod
+    torch.testing.assert_close(abar[:-1], DDIMScheduler(**noise).alphas_cumprod[:-1], rtol=2e-3, atol=0)
+    torch.testing.assert_close(abar[-1], EulerDiscreteScheduler(**noise).alphas_cumprod[-1], rtol=1e-2, atol=0)
+    assert (backbone.schedule.prediction, backbone.schedule.timesteps(4)[0]) == ("v_prediction", 999)
+    assert len(set(pixels(backbone))) > 20
 
 
 @pytest.mark.parametrize(
     ("mark", "what"),
-    [("ztsnr", r"zero terminal SNR"), ("edm_mean", "the noise of EDM"), ("edm_vpred.sigma_max", "the noise of EDM")],
+    [("edm_mean", "the noise of EDM"), ("edm_vpred.sigma_max", "the noise of EDM")],
 )
 def test_a_noise_that_is_not_known_here_is_refused(file: Path, mark: str, what: str) -> None:
     """At once, not after gigabytes were written; drawn with another noise it would give other pictures."""
@@ -228,6 +320,13 @@ def test_a_larger_network_is_not_cut_to_fit(file: Path) -> None:
     first = r"mid_block\.attentions\.0\.transformer_blocks\.7\."
     with pytest.raises(ModelError, match=rf"its unet has {len(more)} tensors such as {first}.* has no place for"):
         single.laid_out(file)
+
+
+def test_what_the_translation_passes_over_is_not_left_out(tuned: Path) -> None:
+    motion = {"model.diffusion_model.input_blocks.1.2.motion.weight": torch.zeros(2)}
+    save_file(load_file(tuned) | motion, tuned)
+    with pytest.raises(ModelError, match="its unet has 1 tensors that no network of its kind has; choose another"):
+        single.laid_out(tuned)
 
 
 def test_a_layout_that_lacks_something_can_be_mended(folder: Path, file: Path, tmp_path: Path) -> None:
