@@ -38,10 +38,11 @@ from hypersd.folders import (
     read_json,
     write_manifest,
 )
-from hypersd.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hypersd.schedule import Schedule
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -285,6 +286,8 @@ def _describe(folder: Path, v: bool, ztsnr: bool) -> None:
     config = read_json(folder, folder.name, "scheduler/scheduler_config.json")
     config |= {"prediction_type": "v_prediction"} if v else {}
     if ztsnr:
+        from hypersd.schedule import Schedule  # here, since torch takes seconds
+
         config |= {"trained_betas": _to_noise_alone(Schedule.from_config(config)), "timestep_spacing": "trailing"}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     path = folder / "model_index.json"
