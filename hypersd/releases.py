@@ -139,7 +139,7 @@ RELEASES = (
     Release("hyper-unet", "sdxl", HYPER, "Hyper-SDXL-1step-Unet.safetensors", 1, RAIL, 10270, eta=1.0, start=800,
             network=True),
     Release("perflow", "sdxl", "hansyan/perflow-sdxl-base", "unet/diffusion_pytorch_model.v0-fix.safetensors", 4,
-            "not stated", 5136, guidance=2.0, network=True),
+            NON_COMMERCIAL, 5136, guidance=2.0, network=True, commercial=False),
     Release("turbo", "sdxl", "stabilityai/sdxl-turbo", "unet/diffusion_pytorch_model.fp16.safetensors", 1,
             "Stability AI Non-Commercial Research Community License", 5136, eta=1.0, network=True, commercial=False),
     Release("lcm", "sdxl", "latent-consistency/lcm-lora-sdxl", LORA, 1, OPENRAIL, 394,

@@ -1,4 +1,5 @@
-"""PeRFlow: Yan et al. 2024, arXiv:2405.07510, piecewise rectified flow. A release only, a whole network.
+"""PeRFlow: Yan et al. 2024, arXiv:2405.07510, piecewise rectified flow. A release only, a whole network;
+not for commerce.
 
 Time is cut in four windows, in each of which the flow was straightened: a picture moves on a straight line from the
 window's start to its end. The network is asked for the noise that leads from one to the other as DDIM does,
@@ -51,5 +52,5 @@ METHOD = Method(
     steps=StepRange(4, 8, suggested=(4, 8)),
     guidance=2.0,
     eta=0.0,
-    licence="not stated",
+    licence="CC BY-NC 4.0",
 )
