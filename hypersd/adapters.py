@@ -19,8 +19,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from hypersd import folders
 from hypersd.records import Adapter, InputError, real_number, whole_number
 from hypersd.single import laid_out
 
@@ -31,7 +32,6 @@ KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
 FIRST = "conv_in.weight"  # is in every UNet and in no LoRA
-HEADER_MAX = 100_000_000  # bytes; the format's own limit
 
 
 class AdapterError(InputError):
@@ -138,32 +138,23 @@ def _check_finite(adapter: dict[str, Tensor], path: Path) -> None:
             raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train or copy it again")
 
 
-class _Header(NamedTuple):
-    tensors: dict[str, Any]
-    metadata: dict[str, str]
-
-
-def _header(path: Path) -> _Header:
+def _header(path: Path) -> folders.Header:
     """What a safetensors file begins with, once its size is what that says."""
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) == 8 and length > HEADER_MAX:  # the first bytes of pickles, archives and texts, as a number
-                raise AdapterError(f"{path.name} is not a safetensors file (pickles are never read); convert it first")
-            tensors: dict[str, Any] = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        metadata = dict(tensors.pop("__metadata__", {}))
-        end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        found, size = folders.header(path), path.stat().st_size
     except OSError as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); check the path") from problem
-    except AdapterError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as problem:
+    except folders.NoSafetensors as problem:
+        raise AdapterError(
+            f"{path.name} is not a safetensors file (pickles are never read); convert it first"
+        ) from problem
+    except ValueError as problem:
         raise AdapterError(f"{path.name} is truncated or damaged (no readable header); copy it again") from problem
-    if size != end:
-        raise AdapterError(f"{path.name} is truncated or damaged ({size:,} bytes instead of {end:,}); copy it again")
-    return _Header(tensors, metadata)
+    if size != found.size:
+        raise AdapterError(
+            f"{path.name} is truncated or damaged ({size:,} bytes instead of {found.size:,}); copy it again"
+        )
+    return found
 
 
 def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

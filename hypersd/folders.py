@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hypersd.records import InputError
 
@@ -256,19 +256,47 @@ def weight_files(folder: Path, name: str, part: str, about: Part) -> list[Path]:
 
 
 def _declared_bytes(file: Path, name: str) -> int:
-    """The size that a safetensors file must have: 8 bytes with the header's length, the header, the last tensor."""
     path = f"{file.parent.name}/{file.name}"
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > HEADER_MAX:
-                raise ValueError("header too long")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        return 8 + length + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+        return header(file).size
     except FileNotFoundError:
         raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{name}: {path} is truncated or damaged (no readable header); {remedy(name)}") from error
+
+
+class Header(NamedTuple):
+    """What a safetensors file begins with: {name: {"dtype", "shape", "data_offsets"}}, texts, the file's own size."""
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+    size: int
+
+
+class NoSafetensors(ValueError):
+    """The first bytes are those of another format, read as a number."""
+
+
+def header(file: Path) -> Header:
+    """Read no more than 8 bytes with the header's length, and the header.
+
+    Raises:
+        OSError: the file cannot be read.
+        NoSafetensors, ValueError: it is of another format, or cut short or damaged.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) == 8 and length > HEADER_MAX:
+            raise NoSafetensors
+        text = stream.read(length)
+    try:
+        tensors: dict[str, Any] = json.loads(text)
+        metadata = dict(tensors.pop("__metadata__", {}))
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        return Header(tensors, metadata, 8 + length + end)
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("no readable header") from error
 
 
 def read_json(folder: Path, name: str, path: str) -> dict[str, Any]:

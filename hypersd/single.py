@@ -18,9 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +30,11 @@ from tqdm import tqdm
 from hypersd.folders import (
     BACKBONES,
     FAMILIES,
-    HEADER_MAX,
+    Header,
     ModelError,
     Part,
     check_tokenizers,
+    header,
     read_json,
     write_manifest,
 )
@@ -63,12 +63,10 @@ OTHERS = {  # a name in a file -> what it is
     "double_blocks.": "of FLUX",
     "control_model.": "a ControlNet",
 }
-METADATA = "__metadata__"
 NOISES = {  # tensors that are names alone -> how a checkpoint was trained that the schedules here do not describe
     "edm_mean": "with the noise of EDM",
     "edm_vpred.sigma_max": "with the noise of EDM",
 }
-Header = Mapping[str, Any]
 
 
 def laid_out(name_or_path: str | Path) -> str | Path:
@@ -91,68 +89,62 @@ def laid_out(name_or_path: str | Path) -> str | Path:
             f"{file.name} may be a pickle, which can run any code when it is opened; take the same checkpoint as "
             ".safetensors, or convert it with a tool that you trust"
         )
-    header = _header(file)
-    kind = family(header, file.name)
-    _check(header, file.name)
+    found = _header(file)
+    kind = family(found.tensors, file.name)
+    _check(found.tensors, file.name)
     stat = file.stat()
-    v, layout = _predicts_v(file, header), os.environ.get("HYPERSD_LAYOUT", "")
-    told = json.dumps([header, v, stat.st_size, stat.st_mtime_ns, layout], sort_keys=True)
+    v, layout = _predicts_v(file, found), os.environ.get("HYPERSD_LAYOUT", "")
+    told = json.dumps([*found, v, stat.st_mtime_ns, layout], sort_keys=True)
     folder = FOLDERS / f"{file.stem}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
-        _lay_out(file, header, v, kind, folder)
+        _lay_out(file, v, "ztsnr" in found.tensors, kind, folder)
     return folder
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """{tensor: {"dtype", "shape", "data_offsets"}}, and METADATA's texts; the file is as long as it says."""
+def _header(file: Path) -> Header:
+    """What the file begins with; it is as long as it says."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > HEADER_MAX:
-                raise ValueError("header too long")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header[METADATA] = dict(header.get(METADATA, {}))
-        expected = 8 + length + max(about["data_offsets"][1] for key, about in header.items() if key != METADATA)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        found = header(file)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file.name} has no readable header ({type(error).__name__}); fetch it again") from error
-    if file.stat().st_size != expected:
-        raise ModelError(f"{file.name} has {file.stat().st_size:,} bytes instead of {expected:,}; fetch it again")
-    return header
+    if (size := file.stat().st_size) != found.size:
+        raise ModelError(f"{file.name} has {size:,} bytes instead of {found.size:,}; fetch it again")
+    return found
 
 
-def family(header: Header, name: str) -> str:
-    """The pipeline of FAMILIES that a checkpoint is of, by the names in its header.
+def family(tensors: Iterable[str], name: str) -> str:
+    """The pipeline of FAMILIES that a checkpoint is of, by the names of its tensors.
 
     Raises:
         ModelError: of none of those; says what it is, if that is known.
     """
-    whole = any(key.startswith(UNET) for key in header) and any(key.startswith(VAE) for key in header)
+    whole = any(key.startswith(UNET) for key in tensors) and any(key.startswith(VAE) for key in tensors)
     for kind, prefixes in TEXT.items():
-        if whole and all(any(key.startswith(prefix) for key in header) for prefix in prefixes):
+        if whole and all(any(key.startswith(prefix) for key in tensors) for prefix in prefixes):
             return kind
-    what = next((what for part, what in OTHERS.items() if any(part in key for key in header)), "no whole checkpoint")
+    what = next((what for part, what in OTHERS.items() if any(part in key for key in tensors)), "no whole checkpoint")
     raise ModelError(
         f"{name} is {what}; choose a checkpoint of Stable Diffusion 1.x or XL in one file, with UNet, text encoders "
         "and VAE in it"
     )
 
 
-def _check(header: Header, name: str) -> None:
+def _check(tensors: Mapping[str, Any], name: str) -> None:
     """Its noise and its numbers are of kinds that can be drawn with. Raises ModelError where they are not."""
-    if noise := next((noise for key, noise in NOISES.items() if key in header), ""):
+    if noise := next((noise for key, noise in NOISES.items() if key in tensors), ""):
         raise ModelError(f"{name} was trained {noise}, which is not supported; choose another checkpoint")
     parts = (UNET, VAE, *CLIP, OPEN_CLIP)
-    weights = (entry for key, entry in header.items() if key.startswith(parts) and not key.endswith("position_ids"))
+    weights = (entry for key, entry in tensors.items() if key.startswith(parts) and not key.endswith("position_ids"))
     if odd := sorted({str(entry.get("dtype")) for entry in weights} - FLOATS):
         raise ModelError(f"{name} has weights of type {odd[0]}; choose the checkpoint in half or full precision")
 
 
-def _predicts_v(file: Path, header: Header) -> bool:
+def _predicts_v(file: Path, found: Header) -> bool:
     """Whether it says so. A YAML file beside it that cannot be read is a ModelError: it was put there to be heeded."""
     import yaml
 
-    told = (header[METADATA].get(f"modelspec.{key}") for key in ("prediction_type", "predict_key"))
-    if "v_pred" in header or any(value in ("v", "v_prediction") for value in told):
+    told = (found.metadata.get(f"modelspec.{key}") for key in ("prediction_type", "predict_key"))
+    if "v_pred" in found.tensors or any(value in ("v", "v_prediction") for value in told):
         return True
     beside = file.with_suffix(".yaml")
     if not beside.is_file():
@@ -166,7 +158,7 @@ def _predicts_v(file: Path, header: Header) -> bool:
         ) from error
 
 
-def _lay_out(file: Path, header: Header, v: bool, kind: str, folder: Path) -> None:
+def _lay_out(file: Path, v: bool, ztsnr: bool, kind: str, folder: Path) -> None:
     """All or nothing: the folder gets its name when everything is in it. One part after the other is in memory."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
@@ -178,7 +170,7 @@ def _lay_out(file: Path, header: Header, v: bool, kind: str, folder: Path) -> No
         for path in (p for pattern in DESCRIBED for p in layout.glob(pattern) if p.is_file()):
             (place / path.relative_to(layout)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place / path.relative_to(layout))
-        _describe(place, v, "ztsnr" in header)
+        _describe(place, v, ztsnr)
         try:
             with safe_open(file, "pt") as tensors:
                 for part, about in tqdm(FAMILIES[kind].items(), desc=f"laying out {file.name}", unit="part"):
@@ -228,13 +220,15 @@ def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -
             f"{name}: its {part} cannot be read as {layout.name}/{part}/config.json describes it ({reason}); name the "
             "folder of a model of its architecture: HYPERSD_LAYOUT=folder"
         ) from error
-    if about.denoiser and (more := sorted(found.keys() - expected.keys())):  # without them it would draw something else
-        raise ModelError(
-            f"{name}: its {part} has {len(more)} tensors such as {more[0]} that {layout.name} has no place for; name "
-            "the folder of a model of its architecture: HYPERSD_LAYOUT=folder"
-        )
     if lost := sorted(expected.keys() - found.keys()):
         raise ModelError(f"{name}: its {part} lacks {len(lost)} tensors such as {lost[0]}; fetch it again")
+    # Counted under their original names: the translation passes over some without a word, such as motion modules.
+    if about.denoiser and (more := sum(key.startswith(UNET) for key in tensors.keys()) - len(expected)):  # noqa: SIM118
+        known = "".join(f" such as {key}" for key in sorted(found.keys() - expected.keys())[:1])
+        raise ModelError(
+            f"{name}: its {part} has {more} tensors{known} that {layout.name} has no place for; choose another "
+            "checkpoint, or name the folder of a model of its architecture: HYPERSD_LAYOUT=folder"
+        )
     for key, shape in expected.items():
         if found[key].shape != shape:
             raise ModelError(
@@ -242,10 +236,6 @@ def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -
                 "choose a checkpoint that was not made for inpainting, or name the folder of a model of its "
                 "architecture: HYPERSD_LAYOUT=folder"
             )
-    if about.denoiser and (more := sum(key.startswith(UNET) for key in tensors.keys()) - len(expected)):  # noqa: SIM118
-        raise ModelError(  # those that the translation passes over without a word, such as motion modules
-            f"{name}: its {part} has {more} tensors that no network of its kind has; choose another checkpoint"
-        )
     return {key: found[key].contiguous() for key in expected}
 
 

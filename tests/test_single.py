@@ -325,7 +325,7 @@ def test_a_larger_network_is_not_cut_to_fit(file: Path) -> None:
 def test_what_the_translation_passes_over_is_not_left_out(tuned: Path) -> None:
     motion = {"model.diffusion_model.input_blocks.1.2.motion.weight": torch.zeros(2)}
     save_file(load_file(tuned) | motion, tuned)
-    with pytest.raises(ModelError, match="its unet has 1 tensors that no network of its kind has; choose another"):
+    with pytest.raises(ModelError, match=r"its unet has 1 tensors that .* has no place for; choose another"):
         single.laid_out(tuned)
 
 
@@ -414,9 +414,7 @@ def test_without_a_layout_it_says_what_to_do(file: Path, monkeypatch: pytest.Mon
 def test_a_header_without_a_bottom_is_a_sentence(tmp_path: Path) -> None:
     text = b'{"a":' + b"[" * 200_000
     (tmp_path / "deep.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(
-        ModelError, match=r"deep\.safetensors has no readable header \(RecursionError\); fetch it again"
-    ):
+    with pytest.raises(ModelError, match=r"deep\.safetensors has no readable header \(ValueError\); fetch it again"):
         single.laid_out(tmp_path / "deep.safetensors")
 
 
