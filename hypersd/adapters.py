@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from hypersd.records import Adapter, InputError, real_number, whole_number
+from hypersd.records import KINDS, Adapter, InputError, real_number, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +28,7 @@ KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
 HEADER_MAX = 100_000_000  # bytes; the format's own limit
+LARGE = 1 << 30  # bytes of a file whose hash is remembered
 
 
 class AdapterError(InputError):
@@ -57,8 +59,16 @@ def inspect(path: Path) -> AdapterFile:
             "`python -m hypersd distill` wrote can be shown by themselves"
         )
     card = _card(header.metadata[KEY], path.name)
+    state = path.stat()
+    known = _remembered_sha256 if state.st_size >= LARGE else _remembered_sha256.__wrapped__
+    return AdapterFile(path, known(path, state.st_size, state.st_mtime_ns), card)
+
+
+@lru_cache(64)
+def _remembered_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the file that was there at that time: a whole network is looked at more than once, and takes seconds."""
     with path.open("rb") as file:
-        return AdapterFile(path, hashlib.file_digest(file, "sha256").hexdigest(), card)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(text: str, name: str) -> Adapter:
@@ -71,11 +81,14 @@ def _card(text: str, name: str) -> Adapter:
         if lost := [n for n, f in known.items() if n not in told and f.default is MISSING]:
             raise InputError(f"the field {lost[0]!r} is missing")
         for field in fields(Adapter):
-            if field.type == "str" and not isinstance(told[field.name], str):
+            if field.type == "str" and not isinstance(told.get(field.name, field.default), str):
                 raise InputError(f"{field.name} must be text, got {told[field.name]!r:.40}")
         if not told["name"] or not isinstance(told["recipe"], dict):
             raise InputError("name or recipe is empty")
-        for number, low, high in (("segments", 1, 1000), ("rank", 1, 100_000), ("updates", 0, 10**12)):
+        if (kind := told.get("kind", Adapter.kind)) not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind[:40]!r}")
+        least_rank = 1 if kind == "lora" else 0
+        for number, low, high in (("segments", 1, 1000), ("rank", least_rank, 100_000), ("updates", 0, 10**12)):
             told[number] = whole_number(told[number], number, low, high)
         for number in ("start", "end"):
             told[number] = whole_number(told.get(number, getattr(Adapter, number)), number, 0, 10**6)
@@ -96,7 +109,9 @@ def load(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _header(path)
+    told = _header(path).metadata
+    if KEY in told and _card(told[KEY], path.name).kind != "lora":
+        raise AdapterError(f"{path.name} is a whole network and not a LoRA; choose a LoRA")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
@@ -126,6 +141,11 @@ def _check(adapter: dict[str, Tensor], path: Path) -> None:
 class _Header(NamedTuple):
     tensors: dict[str, Any]
     metadata: dict[str, str]
+
+
+def tensors_told(path: Path) -> dict[str, Any]:
+    """{name: {"dtype": "F16", "shape": [..], ..}} of a safetensors file, from its header. Raises AdapterError."""
+    return _header(path).tensors
 
 
 def _header(path: Path) -> _Header:
@@ -252,7 +272,6 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
         AdapterError: a tensor is not finite, or the disk is full or read-only. An older file of that name stays.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -262,21 +281,38 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
         prefix = FLOW_PREFIX if re.match(r"(single_)?transformer_blocks\.", name) else PREFIX
         tensors |= _kohya_named(name, half) if kohya else {f"{prefix}{name}.weight": half}
+    with staged(path) as staging:
+        save_file(tensors, staging, metadata=metadata(card))
+        return inspect(staging)._replace(path=path)  # what cannot be read again replaces nothing
+
+
+def metadata(card: Adapter) -> dict[str, str]:
+    """A card as a safetensors file holds it."""
+    return {KEY: json.dumps(asdict(card), sort_keys=True)}
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Where to write what shall be at `path`, which it replaces at the end, whole or not at all.
+
+    Raises:
+        AdapterError: the disk is full or read-only. An older file of that name stays.
+    """
+    from safetensors import SafetensorError
+
     staging = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, staging, metadata={KEY: json.dumps(asdict(card), sort_keys=True)})
+        yield staging
         staging.chmod(0o644)  # safetensors leaves it readable to nobody else
         with staging.open("rb") as file:
             os.fsync(file.fileno())
-        written = inspect(staging)._replace(path=path)  # what cannot be read again replaces nothing
         os.replace(staging, path)
     except (OSError, SafetensorError) as problem:  # a full disk is the latter
         raise AdapterError(f"{path} was not written ({problem}); make room, or choose another folder") from problem
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
-    return written
 
 
 def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -288,6 +324,32 @@ def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- wearing
+
+
+class Outfit(Protocol):
+    """What a network can wear: other values for some of its weights."""
+
+    def fit(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that it changes, by name. Raises AdapterError where it was made for another base."""
+        ...
+
+    def weights(self, bare: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, new value) of each, one after the other, from the values that `fit` found."""
+        ...
+
+
+class Lora(NamedTuple):
+    """W + scale B A in place of W, for the layers that the tensors name."""
+
+    tensors: dict[str, Tensor]
+    scale: float = 1.0
+
+    def fit(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        return fit(network, self.tensors)
+
+    def weights(self, bare: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in bare.items():
+            yield name, merged(weight, self.tensors, name.removesuffix(".weight"), self.scale)
 
 
 def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -315,17 +377,21 @@ def merged(weight: Tensor, adapter: dict[str, Tensor], layer: str, scale: float 
 
 
 def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) -> nn.Module:
-    """A network with W + scale B A in place of W; everything that the adapter leaves alone is shared with `network`.
+    """A network with W + scale B A in place of W, as `dressed` says."""
+    return dressed(network, Lora(adapter, scale))
+
+
+def dressed(network: nn.Module, outfit: Outfit) -> nn.Module:
+    """A network that wears something; every weight that it leaves alone is shared with `network`.
 
     Raises:
-        AdapterError: the adapter is for another base.
+        AdapterError: it was made for another base, or its file cannot be read.
     """
-    touched = fit(network, adapter)
+    touched = outfit.fit(network)
     kept = [weight for name, weight in network.named_parameters() if name not in touched]
     worn = copy.deepcopy(network, {id(weight): weight for weight in kept})
-    for name in touched:
-        weight = worn.get_parameter(name).data
-        weight.copy_(merged(weight, adapter, name.removesuffix(".weight"), scale))
+    for name, weight in outfit.weights(touched):
+        worn.get_parameter(name).data.copy_(weight)
     return worn
 
 

@@ -137,8 +137,8 @@ def test_two_names_of_one_method_are_two_rows() -> None:
     [
         (lora("tcd", base="other"), r"trained on another base; train it again with: python -m hypersd distill tcd"),
         (lora("pcm", base="other"), r"was trained on another base; get it again with: python -m hypersd fetch"),
-        (lora("turbo"), r"its method must be one of lcm, .*, dmd, hyper, it says 'turbo'"),
-        (lora("base"), r"its method must be one of lcm, .*, dmd, hyper, it says 'base'"),
+        (lora("instaflow"), r"its method must be one of lcm, .*, dmd, hyper, hyper-unet, it says 'instaflow'"),
+        (lora("base"), r"its method must be one of lcm, .*, dmd, hyper, hyper-unet, it says 'base'"),
         (lora("lcm", name="tcd"), r"it is of method lcm, but 'tcd' is another method's name; choose another --name"),
         (lora("lcm", name="base"), r"it is of method lcm, but 'base' is another method's name"),
         (lora("lcm", name="mine"), r"it is of method lcm, but 'mine' is another method's name"),

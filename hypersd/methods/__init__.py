@@ -11,13 +11,33 @@ from dataclasses import replace
 
 from hypersd.adapters import AdapterFile, beside, found
 from hypersd.folders import cached, network_sha256
-from hypersd.methods import dmd, dmd2, flash, hyper, lcm, lightning, pcm, pcm_cfg, tcd, teacher, tscd, tscd_cfg
+from hypersd.methods import (
+    dmd,
+    dmd2,
+    flash,
+    hyper,
+    hyper_unet,
+    lcm,
+    lightning,
+    lightning_unet,
+    pcm,
+    pcm_cfg,
+    perflow,
+    tcd,
+    teacher,
+    tscd,
+    tscd_cfg,
+    turbo,
+)
 from hypersd.methods.base import Method, Stage, StepRange
 from hypersd.records import Adapter, InputError
 
 __all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
 
-_FILES = (teacher, lcm, tcd, pcm, pcm_cfg, lightning, flash, dmd2, tscd, tscd_cfg, dmd, hyper)
+_FILES = (
+    *(teacher, lcm, tcd, pcm, pcm_cfg, perflow, turbo, lightning, lightning_unet, flash, dmd2),
+    *(tscd, tscd_cfg, dmd, hyper, hyper_unet),
+)
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 

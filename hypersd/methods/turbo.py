@@ -1,0 +1,43 @@
+"""SDXL-Turbo: Sauer et al. 2023, arXiv:2311.17042, adversarial diffusion distillation. Releases only; not for commerce.
+
+Drawn as its makers say, with the ancestral form of Euler's method. In the variables used here that is DDIM with eta = 1
+(arXiv:2010.02502, eq. 16), begun and ended like `lightning`. It was made for pictures of 512 pixels; SDXL's are drawn
+with 1024 here, where things may come twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hypersd.methods.base import Method, StepRange
+from hypersd.records import FINAL
+from hypersd.solvers import ddim_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hypersd.schedule import Schedule
+
+
+def step(
+    schedule: Schedule, x_t: Tensor, x0: Tensor, eps: Tensor, t: int, s: int, eta: float, noise: Callable[[], Tensor]
+) -> Tensor:
+    if s == FINAL:
+        return x0
+    return ddim_step(x0, eps, schedule.level(t), schedule.level(s), eta, noise() if eta else None)
+
+
+METHOD = Method(
+    name="turbo",
+    title="SDXL-Turbo",
+    paper="arXiv:2311.17042",
+    summary="An adversary and the teacher's scores, for 1 to 4 steps; made for pictures of 512 pixels.",
+    sampler="Euler ancestral",
+    step=step,
+    steps=StepRange(1, 4, suggested=(1, 2, 4)),
+    guidance=1.0,
+    eta=1.0,
+    sigma_start=True,
+    licence="Stability AI non-commercial",
+)
