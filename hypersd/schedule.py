@@ -233,7 +233,7 @@ class FlowSchedule(Schedule):
 
 @dataclass(frozen=True, eq=False)
 class WindowSchedule(Schedule):
-    """PeRFlow, arXiv:2405.10510, section 3: the trajectory in equal windows, in each of which it is a straight line.
+    """PeRFlow, arXiv:2405.07510, section 3: the trajectory in equal windows, in each of which it is a straight line.
 
     Timesteps count from T down to 0 here, as the network was trained, so that a window's edge t has the level of the
     schedule's timestep t - 1. In a window from t_s down to t_e, with u = (t_s - t) / (t_s - t_e),

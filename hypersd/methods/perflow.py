@@ -1,4 +1,4 @@
-"""PeRFlow: Yan et al. 2024, arXiv:2405.10510, piecewise rectified flow. Releases only; not for commerce.
+"""PeRFlow: Yan et al. 2024, arXiv:2405.07510, piecewise rectified flow. Releases only; not for commerce.
 
 The teacher's trajectory was cut into four windows and made straight in each (`WindowSchedule`), so that one Euler step
 crosses a window. Guidance and negative prompts are kept. For Stable Diffusion 1.5 its makers ask for guidance 4.5 in 4
@@ -30,7 +30,7 @@ def step(
 METHOD = Method(
     name="perflow",
     title="PeRFlow",
-    paper="arXiv:2405.10510",
+    paper="arXiv:2405.07510",
     summary="Piecewise rectified flow: straight in each of four windows, guidance kept.",
     sampler="Euler, four windows",
     step=step,
