@@ -87,10 +87,10 @@ def methods_command(given: argparse.Namespace) -> None:
 
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", help="the base model: sd15 or sdxl")
-    parser.add_argument("methods", nargs="*", help="methods to fetch the published LoRAs of (default: list them)")
-    parser.add_argument("--file", help="a copy of the one LoRA that is asked for, instead of the hub's")
+    parser.add_argument("methods", nargs="*", help="methods to fetch the published models of (default: list them)")
+    parser.add_argument("--file", help="a copy of the one file that is asked for, instead of the hub's")
     parser.add_argument("--accept-licence", action="store_true", help="of what is not for commerce")
-    parser.add_argument("--out", help="folder of the LoRA files (default: where the app looks)")
+    parser.add_argument("--out", help="folder of the files (default: where the app looks)")
 
 
 def fetch_command(given: argparse.Namespace) -> None:
@@ -112,9 +112,9 @@ def fetch_command(given: argparse.Namespace) -> None:
         )
     if given.file and len(wanted) > 1:
         names = ", ".join(release.name for release in wanted)
-        raise InputError(f"--file is one LoRA, but {', '.join(given.methods)} are {len(wanted)}: {names}")
+        raise InputError(f"--file is one file, but {', '.join(given.methods)} are {len(wanted)}: {names}")
     size = sum(release.megabytes for release in wanted)
-    print(f"{given.backbone} and {size} MB of LoRAs and networks, unless they are cached")
+    print(f"{given.backbone} and {size} MB beside it, unless they are cached")
     base = network_sha256(find_folder(given.backbone)[1])
     for release in wanted:
         get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub

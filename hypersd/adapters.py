@@ -3,9 +3,6 @@
 An adapter in memory is {"mid_block.attentions.0.proj_in.lora_A": [rank, in, ...], "....lora_B": [out, rank, ...], ...},
 the names of `roles.Role`. Alpha always equals the rank, so the scale is 1 for readers that look for an alpha and for
 those that don't. Only headers are read until the tensors are wanted, so a list of files costs nothing.
-
-Some few-step models are published as whole networks. They are kept and worn like adapters, {"conv_in.weight": tensor,
-...} with a rank of 0, and take the place of every weight instead of adding to some.
 """
 
 from __future__ import annotations
@@ -16,13 +13,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hypersd import folders
-from hypersd.records import Adapter, InputError, real_number, whole_number
+from hypersd.records import KINDS, Adapter, InputError, real_number, whole_number
 from hypersd.single import laid_out
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
-FIRST = "conv_in.weight"  # is in every UNet and in no LoRA
+LARGE = 1 << 30  # bytes of a file whose hash is remembered
 
 
 class AdapterError(InputError):
@@ -55,15 +53,23 @@ def inspect(path: Path) -> AdapterFile:
     Raises:
         AdapterError: it is no safetensors file, is cut short, or does not say what it is.
     """
-    header = _header(path)
-    if KEY not in header.metadata:
+    found = header(path)
+    if KEY not in found.metadata:
         raise AdapterError(
             f"{path.name} does not say how it was made (metadata entry {KEY!r}); only adapters that "
             "`python -m hypersd distill` wrote can be shown by themselves"
         )
-    card = _card(header.metadata[KEY], path.name)
+    card = _card(found.metadata[KEY], path.name)
+    state = path.stat()
+    known = _remembered_sha256 if state.st_size >= LARGE else _remembered_sha256.__wrapped__
+    return AdapterFile(path, known(path, state.st_size, state.st_mtime_ns), card)
+
+
+@lru_cache(64)
+def _remembered_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    """Of the file that was there at that time: a whole network is looked at more than once, and takes seconds."""
     with path.open("rb") as file:
-        return AdapterFile(path, hashlib.file_digest(file, "sha256").hexdigest(), card)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(text: str, name: str) -> Adapter:
@@ -76,11 +82,14 @@ def _card(text: str, name: str) -> Adapter:
         if lost := [n for n, f in known.items() if n not in told and f.default is MISSING]:
             raise InputError(f"the field {lost[0]!r} is missing")
         for field in fields(Adapter):
-            if field.type == "str" and not isinstance(told[field.name], str):
+            if field.type == "str" and not isinstance(told.get(field.name, field.default), str):
                 raise InputError(f"{field.name} must be text, got {told[field.name]!r:.40}")
         if not told["name"] or not isinstance(told["recipe"], dict):
             raise InputError("name or recipe is empty")
-        for number, low, high in (("segments", 1, 1000), ("rank", 0, 100_000), ("updates", 0, 10**12)):
+        if (kind := told.get("kind", Adapter.kind)) not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind[:40]!r}")
+        least_rank = 1 if kind == "lora" else 0
+        for number, low, high in (("segments", 1, 1000), ("rank", least_rank, 100_000), ("updates", 0, 10**12)):
             told[number] = whole_number(told[number], number, low, high)
         for number in ("start", "end"):
             told[number] = whole_number(told.get(number, getattr(Adapter, number)), number, 0, 10**6)
@@ -95,23 +104,19 @@ def _card(text: str, name: str) -> Adapter:
 def load(path: Path) -> dict[str, Tensor]:
     """The adapter in a file, in float32, whichever of the two ways of naming it uses; alpha is multiplied in.
 
-    A whole network comes in the precision that it is kept in: in float32 it may be larger than memory.
-
     Raises:
-        AdapterError: not safetensors, truncated, neither a LoRA of a UNet alone nor a UNet, or not finite.
+        AdapterError: not safetensors, truncated, not a LoRA of a UNet alone, or not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _header(path)
+    told = header(path).metadata
+    if KEY in told and _card(told[KEY], path.name).kind != "lora":
+        raise AdapterError(f"{path.name} is a whole network and not a LoRA; choose a LoRA")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); copy it again") from problem
-    if FIRST in tensors or f"{PREFIX}{FIRST}" in tensors:
-        network = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        _check_finite(network, path)
-        return network
     if any(re.search("(double|single)_blocks", key) for key in tensors):
         tensors = _flux_renamed(path)
     adapter = (
@@ -125,21 +130,17 @@ def _check(adapter: dict[str, Tensor], path: Path) -> None:
     """Every layer has its two halves, of one rank and finite."""
     if not adapter:
         raise AdapterError(f"{path.name} is not a LoRA of a UNet: it holds no layers")
-    for layer in {name.rsplit(".", 1)[0] for name in adapter}:
+    for name, tensor in adapter.items():
+        layer = name.rsplit(".", 1)[0]
         a, b = adapter.get(f"{layer}.lora_A"), adapter.get(f"{layer}.lora_B")
         if a is None or b is None or not a.dim() == b.dim() >= 2 or len(a) != b.shape[1]:
             raise AdapterError(f"{path.name}: the two halves of {layer} do not fit together; train or copy it again")
-    _check_finite(adapter, path)
-
-
-def _check_finite(adapter: dict[str, Tensor], path: Path) -> None:
-    for name, tensor in adapter.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train or copy it again")
 
 
-def _header(path: Path) -> folders.Header:
-    """What a safetensors file begins with, once its size is what that says."""
+def header(path: Path) -> folders.Header:
+    """What a safetensors file begins with, once its size is what that says. Raises AdapterError where it is not."""
     try:
         found, size = folders.header(path), path.stat().st_size
     except OSError as problem:
@@ -258,33 +259,47 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
         AdapterError: a tensor is not finite, or the disk is full or read-only. An older file of that name stays.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    whole = FIRST in adapter
     for name, tensor in adapter.items():
         half = tensor.detach().to(torch.float16).contiguous().cpu()
         if not half.isfinite().all():
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
         prefix = FLOW_PREFIX if re.match(r"(single_)?transformer_blocks\.", name) else PREFIX
-        key = f"{prefix}{name}" if whole else f"{prefix}{name}.weight"
-        tensors |= _kohya_named(name, half) if kohya and not whole else {key: half}
+        tensors |= _kohya_named(name, half) if kohya else {f"{prefix}{name}.weight": half}
+    with staged(path) as staging:
+        save_file(tensors, staging, metadata=metadata(card))
+        return inspect(staging)._replace(path=path)  # what cannot be read again replaces nothing
+
+
+def metadata(card: Adapter) -> dict[str, str]:
+    """A card as a safetensors file holds it."""
+    return {KEY: json.dumps(asdict(card), sort_keys=True)}
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Where to write what shall be at `path`, which it replaces at the end, whole or not at all.
+
+    Raises:
+        AdapterError: the disk is full or read-only. An older file of that name stays.
+    """
+    from safetensors import SafetensorError
+
     staging = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, staging, metadata={KEY: json.dumps(asdict(card), sort_keys=True)})
+        yield staging
         staging.chmod(0o644)  # safetensors leaves it readable to nobody else
         with staging.open("rb") as file:
             os.fsync(file.fileno())
-        written = inspect(staging)._replace(path=path)  # what cannot be read again replaces nothing
         os.replace(staging, path)
     except (OSError, SafetensorError) as problem:  # a full disk is the latter
         raise AdapterError(f"{path} was not written ({problem}); make room, or choose another folder") from problem
     finally:
         with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
-    return written
 
 
 def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -298,6 +313,32 @@ def _kohya_named(name: str, tensor: Tensor) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- wearing
 
 
+class Outfit(Protocol):
+    """What a network can wear: other values for some of its weights."""
+
+    def fit(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that it changes, by name. Raises AdapterError where it was made for another base."""
+        ...
+
+    def weights(self, bare: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, new value) of each, one after the other, from the values that `fit` found."""
+        ...
+
+
+class Lora(NamedTuple):
+    """W + scale B A in place of W, for the layers that the tensors name."""
+
+    tensors: dict[str, Tensor]
+    scale: float = 1.0
+
+    def fit(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        return fit(network, self.tensors)
+
+    def weights(self, bare: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in bare.items():
+            yield name, merged(weight, self.tensors, name.removesuffix(".weight"), self.scale)
+
+
 def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """The weights that an adapter changes, by name.
 
@@ -305,14 +346,6 @@ def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Paramete
         AdapterError: a layer is not there or has another shape: the adapter is for another base.
     """
     weights = dict(network.named_parameters())
-    if FIRST in adapter:
-        odd = sorted(
-            name for name in weights.keys() | adapter.keys()
-            if name not in weights or name not in adapter or weights[name].shape != adapter[name].shape
-        )  # fmt: skip
-        if odd:
-            raise AdapterError(f"the network does not fit this base: {odd[0]} is missing or of another shape in one")
-        return weights
     touched = {}
     for name in sorted({name.rsplit(".", 1)[0] for name in adapter}):
         a, b = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B")
@@ -324,27 +357,28 @@ def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Paramete
     return touched
 
 
-def merged(weight: Tensor, adapter: dict[str, Tensor], name: str, scale: float = 1.0) -> Tensor:
-    """W + scale B A of the weight of that name, or what a whole network has in its place; float32, where W is."""
-    if name in adapter:
-        return adapter[name].to(weight.device).float()
-    layer = name.removesuffix(".weight")
+def merged(weight: Tensor, adapter: dict[str, Tensor], layer: str, scale: float = 1.0) -> Tensor:
+    """W + scale B A of a layer, float32, where the weight is."""
     a, b = (adapter[f"{layer}.{half}"].to(weight.device).flatten(1) for half in ("lora_A", "lora_B"))
     return weight.float() + scale * (b @ a).view_as(weight)
 
 
 def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) -> nn.Module:
-    """A network with W + scale B A in place of W; everything that the adapter leaves alone is shared with `network`.
+    """A network with W + scale B A in place of W, as `dressed` says."""
+    return dressed(network, Lora(adapter, scale))
+
+
+def dressed(network: nn.Module, outfit: Outfit) -> nn.Module:
+    """A network that wears something; every weight that it leaves alone is shared with `network`.
 
     Raises:
-        AdapterError: the adapter is for another base.
+        AdapterError: it was made for another base, or its file cannot be read.
     """
-    touched = fit(network, adapter)
+    touched = outfit.fit(network)
     kept = [weight for name, weight in network.named_parameters() if name not in touched]
     worn = copy.deepcopy(network, {id(weight): weight for weight in kept})
-    for name in touched:
-        weight = worn.get_parameter(name).data
-        weight.copy_(merged(weight, adapter, name, scale))
+    for name, weight in outfit.weights(touched):
+        worn.get_parameter(name).data.copy_(weight)
     return worn
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersd import folders, nag
-from hypersd.adapters import AdapterFile, fused, inspect
+from hypersd.adapters import AdapterFile, Lora, Outfit, dressed, inspect
 from hypersd.adapters import load as load_adapter
 from hypersd.folders import ModelError
 from hypersd.network import call, conditions, packed
@@ -21,6 +21,7 @@ from hypersd.records import InputError
 from hypersd.schedule import FlowSchedule, Schedule
 from hypersd.single import laid_out
 from hypersd.wardrobe import GIGABYTE, Wardrobe
+from hypersd.whole import Whole
 
 if TYPE_CHECKING:
     from hypersd.compiled import Compiled, CompiledNetwork
@@ -60,7 +61,8 @@ class Backbone:
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_shape: tuple[int, int, int] = self._latent_shape()
         self._embed = lru_cache(CACHED_PROMPTS)(self._embed_now)
-        self.wardrobe = Wardrobe(self.unet, RESERVE * self.picture_px**2 // 1024**2)
+        reserve = RESERVE * self.picture_px**2 // 1024**2
+        self.wardrobe = Wardrobe(self.unet, reserve, stored=lambda: folders.denoiser_weights(folder, name))
         self._compiled_wearing = lru_cache(COMPILED)(self._compile)
         self.engine, self._compiled = engine, self._trace() if engine == "openvino" else None
 
@@ -219,8 +221,8 @@ class Backbone:
             return self.wardrobe.bare()
         return self.wardrobe.wear((adapter.path, adapter.sha256), lambda: self._read(adapter.path, adapter.sha256))
 
-    def _read(self, path: Path, sha256: str) -> tuple[dict[str, Tensor], float]:
-        """The tensors and the scale of an adapter that was made for this base."""
+    def _read(self, path: Path, sha256: str) -> Outfit:
+        """An adapter that was made for this base, to be worn."""
         file = inspect(path)
         if file.sha256 != sha256:
             raise ModelError(f"{path.name} was replaced by another file; start the app again")
@@ -229,7 +231,9 @@ class Backbone:
                 f"{path.name} was trained on another base than {self.name}; "
                 f"train it again with: python -m hypersd distill {file.card.method}, or fetch it again"
             )
-        return load_adapter(path), file.card.scale
+        if file.card.kind == "lora":
+            return Lora(load_adapter(path), file.card.scale)
+        return Whole(path, difference=file.card.kind == "difference")
 
     def _trace(self) -> Compiled:
         from hypersd.compiled import Compiled
@@ -240,7 +244,7 @@ class Backbone:
     @torch.no_grad()
     def _compile(self, path: Path | None, sha256: str) -> CompiledNetwork:
         assert self._compiled
-        return self._compiled.network(fused(self.unet, *self._read(path, sha256)) if path else self.unet)
+        return self._compiled.network(dressed(self.unet, self._read(path, sha256)) if path else self.unet)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

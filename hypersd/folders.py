@@ -362,6 +362,23 @@ def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -
     return model
 
 
+def denoiser_weights(folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, value) of each of the denoiser's weights as they lie on disk, one after the other.
+
+    Raises:
+        ModelError: they are not there any more, or damaged.
+    """
+    from safetensors import safe_open
+
+    family = parts(folder, name)
+    part = next(part for part, about in family.items() if about.denoiser)
+    with _explained(folder, name, part):
+        for path in weight_files(folder, name, part, family[part]):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    yield key, file.get_tensor(key)
+
+
 def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
     """A small decoder of TAESD's kind (AutoencoderTiny): `place` is "quick", for the preset's, or a folder.
 

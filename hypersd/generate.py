@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from hypersd.backbone import Backbone
 from hypersd.folders import ModelError
 from hypersd.methods import Method
 from hypersd.records import FINAL, InputError, Panel, Request
+from hypersd.schedule import Schedule, WindowSchedule
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -140,7 +141,7 @@ def denoise(
     that is told the scale, as FLUX's, is called once. One step begins at the timestep `start`, where it is not given at
     the one that the adapter was trained for. Under `nag` the network is asked once a step.
     """
-    schedule, g, eta = backbone.schedule, _guidance(request, method), _eta(request, method)
+    schedule, g, eta = _schedule(backbone, request, method), _guidance(request, method), _eta(request, method)
     adapter = method.adapter(request.steps)
     guided = g > 1 and not backbone.tells_guidance
     states = backbone.guided(
@@ -183,6 +184,15 @@ def _arithmetic(backbone: Backbone, nag: float | None) -> str:
     dtype = str(backbone.dtype).removeprefix("torch.")
     engine = f", {backbone.engine}{' decoder' if nag else ''}" if backbone.engine != "torch" else ""
     return dtype + engine + ", tiles" * backbone.spares_memory
+
+
+def _schedule(backbone: Backbone, request: Request, method: Method) -> Schedule:
+    """The base's, or what its network is once it wears an adapter that answers with something else."""
+    adapter = method.adapter(request.steps)
+    prediction = adapter.card.prediction if adapter else ""
+    if method.windows:
+        return WindowSchedule.of(backbone.schedule, method.windows, prediction)
+    return replace(backbone.schedule, prediction=prediction) if prediction else backbone.schedule
 
 
 def _guidance(request: Request, method: Method) -> float:

@@ -105,11 +105,16 @@ class Panel:
         return f"Panel({self.method}, {self.steps} steps, {self.nfe} NFE, {self.seconds:.2f} s, {self.prompt!r})"
 
 
+KINDS = ("lora", "network", "difference")
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What a LoRA file says of itself, in its safetensors metadata: enough to use it, and to train it again.
 
-    A rank of 0 says that it is no LoRA but a whole network, which takes the base's place.
+    Of its `kind`, one of KINDS, most are a LoRA. A "network" holds the whole denoiser instead, a "difference" what is
+    to be added to each weight of the base; their rank is 0. `prediction` is what it answers with, "" for the same as
+    the base.
 
     It was made by `method` for jumps within each of `segments` equal parts of the trajectory, on the base whose
     network has `base_sha256`. Its row in the app is `name`. A drawing begins at timestep `start` and its last jump
@@ -132,6 +137,8 @@ class Adapter:
     start: int = 999
     end: int = 0
     scale: float = 1.0
+    kind: str = "lora"
+    prediction: str = ""
 
 
 CHOICES = ("left", "right", "tie", "both_bad")

@@ -1,4 +1,4 @@
-"""Published few-step LoRAs and networks as adapters of ours: fetched once, checked, read under any way of naming.
+"""Published few-step models as adapters of ours: fetched once, checked, read under any way of naming, kept with a card.
 
     python -m hypersd fetch sdxl            what there is, how big, under which licence
     python -m hypersd fetch sdxl hyper lcm  fetch these, and the base model where it is not there
@@ -7,6 +7,9 @@ What a release is drawn with (steps, grid, guidance, eta) is written down here o
 that `fetch` leaves behind carries it in its metadata, like a LoRA that was trained here, and stands in the app as its
 method's row. Nothing is believed by its name: a file must have the sha256 that stands here, or where none does the one
 that the hub itself told before the download. What is not for commerce is fetched only by one who says so.
+
+Most are LoRAs; some are whole networks, or differences to the base's (`whole`). Left out is what is published as a
+pickle only, which may run a program when it is read: DMD2's networks.
 
 Differs from the model cards: with numbers of steps that do not divide the timesteps, 12 and 16 among them, a step ends
 where the next one begins, and not a timestep beside it as in diffusers' DDIMScheduler.
@@ -19,16 +22,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hypersd import whole
 from hypersd.adapters import AdapterError, AdapterFile, load, save
 from hypersd.records import Adapter, InputError
 
 
 @dataclass(frozen=True)
 class Release:
-    """One published LoRA or network: whose method, made for how many segments, drawn with what, under which licence.
+    """One published model: whose method, made for how many segments, drawn with what, under which licence.
 
-    `sha256` is that of the file, "" where its makers' could not be looked up; `spacing` names the grid of timesteps. A
-    `network` takes the place of the base's whole one.
+    `sha256` is that of the file, "" where its makers' could not be looked up; `spacing` names the grid of timesteps;
+    `kind` is one of KINDS, `prediction` what it answers with, and `start` where one step begins.
     """
 
     method: str
@@ -43,9 +47,10 @@ class Release:
     eta: float = 0.0
     scale: float = 1.0
     spacing: str = "trailing"
-    start: int = 999
-    network: bool = False
     commercial: bool = True
+    kind: str = "lora"
+    prediction: str = ""
+    start: int = 999
 
     @property
     def name(self) -> str:
@@ -68,8 +73,10 @@ class Release:
             data="",
             commit="",
             recipe={"release": f"{self.repository}/{self.file}", **told},
-            start=self.start,
             scale=self.scale,
+            kind=self.kind,
+            prediction=self.prediction,
+            start=self.start,
         )
 
 
@@ -77,6 +84,7 @@ HYPER, RAIL = "ByteDance/Hyper-SD", "ByteDance RAIL (2024-04-11), uses restricte
 OPENRAIL, UNTOLD = "CreativeML OpenRAIL++-M", "not stated (code Apache-2.0)"
 NON_COMMERCIAL = "CC BY-NC 4.0, not for commerce"
 FLUX = "FLUX.1 [dev] Non-Commercial License"
+STABILITY = "Stability AI NC community, not for commerce"
 LORA, PCM = "pytorch_lora_weights.safetensors", "wangfuyun/PCM_Weights"
 
 
@@ -136,14 +144,6 @@ RELEASES = (
         "8steps-CFG": "55b51334c85061afff5eff7c550b61963c8b8607a5868bbe4f26db49374719b1",
         "12steps-CFG": "0b97f447b5878323a28fbe7c51ba7acebd21f4d77552ba77b04b11c8911825b6",
     }),
-    Release("hyper-unet", "sdxl", HYPER, "Hyper-SDXL-1step-Unet.safetensors", 1, RAIL, 10270,
-            "3d72d3f97c08df11e4979d212c9b72bbce34cc3d7758daf660134698cf4e2dd1", eta=1.0, start=800, network=True),
-    Release("perflow", "sdxl", "hansyan/perflow-sdxl-base", "unet/diffusion_pytorch_model.v0-fix.safetensors", 4,
-            NON_COMMERCIAL, 5136, guidance=2.0, network=True, commercial=False),
-    Release("turbo", "sdxl", "stabilityai/sdxl-turbo", "unet/diffusion_pytorch_model.fp16.safetensors", 1,
-            "Stability AI Non-Commercial Research Community License", 5136,
-            "48fa46161a745f48d4054df3fe13804ee255486bca893403b60373c188fd1bdb", eta=1.0, network=True,
-            commercial=False),
     Release("lcm", "sdxl", "latent-consistency/lcm-lora-sdxl", LORA, 1, OPENRAIL, 394,
             "a764e6859b6e04047cd761c08ff0cee96413a8e004c9f07707530cd776b19141", spacing="original"),
     Release("tcd", "sdxl", "h1t/TCD-SDXL-LoRA", LORA, 1, "MIT", 394,
@@ -159,6 +159,23 @@ RELEASES = (
             commercial=False),
     Release("dmd2", "sdxl", "tianweiy/DMD2", "dmd2_sdxl_4step_lora_fp16.safetensors", 4, NON_COMMERCIAL, 394,
             "b3d9173815a4b595991c3a7a0e0e63ad821080f314a0b2a3cc31ecd7fcf2cbb8", eta=1.0, commercial=False),
+    Release("perflow", "sd15", "hansyan/perflow-sd15-delta-weights", "diffusion_pytorch_model.v0-1.safetensors", 1,
+            NON_COMMERCIAL, 1720, guidance=7.5, commercial=False, kind="difference", prediction="diff_eps"),
+    Release("perflow", "sdxl", "hansyan/perflow-sdxl-base", "unet/diffusion_pytorch_model.v0-fix.safetensors", 1,
+            NON_COMMERCIAL, 5140, guidance=2.0, commercial=False, kind="network", prediction="ddim_eps"),
+    Release("hyper-unet", "sdxl", HYPER, "Hyper-SDXL-1step-Unet.safetensors", 1, RAIL, 10270,
+            "3d72d3f97c08df11e4979d212c9b72bbce34cc3d7758daf660134698cf4e2dd1", eta=1.0, kind="network", start=800),
+    Release("lightning-unet", "sdxl", "ByteDance/SDXL-Lightning", "sdxl_lightning_1step_unet_x0.safetensors", 1,
+            OPENRAIL, 5140, "14d53ad5b440a37fc0f429d595d96bf144c5dd842aa5747383e6098c9dbfa644", kind="network",
+            prediction="sample"),
+    *(Release("lightning-unet", "sdxl", "ByteDance/SDXL-Lightning", f"sdxl_lightning_{k}step_unet.safetensors", k,
+              OPENRAIL, 5140, sha256, kind="network")
+      for k, sha256 in ((2, "15a96a3b213b8b4d6ea720b4fa5bf6723cd877170bd1a90f58e34da2968ef854"),
+                        (4, "39a90a8a2a25c1372633c1e8eb1a96f85eab937bcb58cfc6ec9baf66242ec23c"),
+                        (8, "471d8260fda0b17b8906feb24573ce64933d4b6b99ba7a1fa43ca051b994e869"))),
+    Release("turbo", "sdxl", "stabilityai/sdxl-turbo", "unet/diffusion_pytorch_model.fp16.safetensors", 1, STABILITY,
+            5140, "48fa46161a745f48d4054df3fe13804ee255486bca893403b60373c188fd1bdb", eta=1.0, commercial=False,
+            kind="network"),
     *(Release("tscd-cfg", "sd3", HYPER, f"Hyper-SD3-{k}steps-CFG-lora.safetensors", k, RAIL, 472, sha256, g,
               scale=0.125)
       for k, g, sha256 in ((4, 3.0, "0ee4e529abd17b06d4295e3bb91c0d4ddae393afad86b2b43c4f5eeb9e401602"),
@@ -219,13 +236,16 @@ def fetch(release: Release, base_sha256: str, out: Path, get: Callable[[str, str
 
     Raises:
         InputError: it cannot be had.
-        AdapterError: it is not the file that was published, no LoRA of a UNet, or damaged; nothing was written.
+        AdapterError: it is not the file that was published, of another kind, or damaged; nothing was written.
     """
     path = get(release.repository, release.file)
     sha256 = _checked(release, path)
+    ours = out / f"{release.name}.safetensors"
+    if release.kind != "lora":
+        return whole.keep(path, ours, release.card(base_sha256, 0, sha256))
     adapter = load(path)
-    rank = max((len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A")), default=0)
-    return save(out / f"{release.name}.safetensors", adapter, release.card(base_sha256, rank, sha256))
+    rank = max(len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A"))
+    return save(ours, adapter, release.card(base_sha256, rank, sha256))
 
 
 def _checked(release: Release, path: Path) -> str:
@@ -249,6 +269,5 @@ def _checked(release: Release, path: Path) -> str:
 def describe(release: Release, at_hand: bool) -> str:
     """One line for people."""
     where = "at hand" if at_hand else f"{release.megabytes} MB"
-    return (
-        f"{release.method:<10} {release.name:<12} {where:<8}  {release.licence:<46} {release.repository}/{release.file}"
-    )
+    names = f"{release.method:<14} {release.name:<16}"
+    return f"{names} {where:<8}  {release.kind:<10} {release.licence:<46} {release.repository}/{release.file}"

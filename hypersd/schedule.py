@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from hypersd.records import CLEAN, FINAL, InputError, whole_number
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+WINDOWED = ("ddim_eps", "diff_eps")  # of WindowSchedule
 SPACINGS = ("trailing", "leading", "linspace", "original")
 ORIGINAL = 50  # points of LCM's own grid
 
@@ -52,6 +53,7 @@ class Schedule:
     is true, else alphas_cumprod[0], so that the last step stops where training's least noisy picture was.
     """
 
+    predictions: ClassVar[tuple[str, ...]] = PREDICTIONS
     alphas_cumprod: Tensor
     final_alpha_cumprod: float
     prediction: str = "epsilon"
@@ -60,8 +62,8 @@ class Schedule:
     _abar: Tensor = field(init=False, repr=False)  # [T + 1]: alphas_cumprod, then the value at FINAL
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise InputError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        if self.prediction not in self.predictions:
+            raise InputError(f"prediction_type must be one of {', '.join(self.predictions)}, got {self.prediction!r}")
         _check_spacing(self.spacing)
         # FINAL is -1, so the table's last entry is where an index of FINAL looks, in a batch of timesteps too.
         final = torch.tensor([self.final_alpha_cumprod])
@@ -227,6 +229,66 @@ class FlowSchedule(Schedule):
         alpha, sigma = self.level(t)
         output, x_t = output.float(), x_t.float()
         return x_t - sigma * output, x_t + alpha * output
+
+
+@dataclass(frozen=True, eq=False)
+class WindowSchedule(Schedule):
+    """PeRFlow, arXiv:2405.07510, section 3: the trajectory in equal windows, in each of which it is a straight line.
+
+    Timesteps count from T down to 0 here, as the network was trained, so that a window's edge t has the level of the
+    schedule's timestep t - 1. In a window from t_s down to t_e, with u = (t_s - t) / (t_s - t_e),
+
+        x_t = (1 - u) x_{t_s} + u x_{t_e},
+
+    and both edges hold the noise that the network answers with: in x_{t_s} and x_{t_e} alike for "ddim_eps", as DDIM
+    says; for "diff_eps" it is only what the diffusion from t_e to t_s adds. Either gives the window's end from any x_t.
+    """
+
+    predictions: ClassVar[tuple[str, ...]] = WINDOWED
+    windows: int = 4
+
+    @classmethod
+    def of(cls, schedule: Schedule, windows: int, prediction: str = "") -> WindowSchedule:
+        """The same noise in `windows` windows. Raises InputError where the timesteps are not divided evenly."""
+        total = len(schedule.alphas_cumprod)
+        if not total or total % windows:
+            raise InputError(f"{windows} windows need a noise schedule of timesteps that they divide, got {total}")
+        return cls(schedule.alphas_cumprod, 1.0, prediction or WINDOWED[0], windows=windows)
+
+    def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
+        """The n timesteps a drawing visits: as many in each window, or one more in the first ones.
+
+        Raises:
+            InputError: there are fewer steps than windows.
+        """
+        steps = whole_number(steps, "steps", self.windows, len(self))
+        size, grid = len(self) // self.windows, []
+        for window in range(self.windows):
+            inside = steps // self.windows + (window < steps % self.windows)
+            top = len(self) - window * size
+            grid += [(top * inside - place * size) // inside for place in range(inside)]
+        return grid
+
+    def window(self, t: int) -> tuple[int, int]:
+        """(t_s, t_e) of the window that t lies in; an edge belongs to the window below it."""
+        size = len(self) // self.windows
+        start = -(-t // size) * size
+        return start, start - size
+
+    def level(self, t: int | Tensor) -> Level:
+        """Of a window's edge."""
+        return super().level(max(int(t) - 1, 0))
+
+    def split(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """(x_{t_e}, eps) in float32: the end of the window takes the place of x0."""
+        start, end = self.window(int(t))
+        u, head, foot = (start - int(t)) / (start - end), self.level(start), self.level(end)
+        if self.prediction == "diff_eps":
+            kept = head.alpha / foot.alpha
+            head, foot = Level(kept, (1 - kept**2) ** 0.5), Level(torch.tensor(1.0), torch.tensor(0.0))
+        alpha, sigma = ((1 - u) * h + u * f for h, f in zip(head, foot, strict=True))
+        output, x_t = output.float(), x_t.float()
+        return foot.alpha * (x_t - sigma * output) / alpha + foot.sigma * output, output
 
 
 @dataclass(frozen=True, eq=False)

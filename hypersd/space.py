@@ -98,8 +98,8 @@ def _fetched(backbone: str, methods: str | None) -> list[str]:
     closed = [release for release in there if not release.commercial]
     if names and closed:
         raise InputError(f"{closed[0].method} is {closed[0].licence}; leave it out, or put it into the Space yourself")
-    # Whole networks are gigabytes each, so they are fetched for those who name them.
-    there = [release for release in there if release.commercial and not (names is None and release.network)]
+    if names is None:  # whole networks are gigabytes each, and fetched at every start
+        there = [release for release in there if release.commercial and release.kind == "lora"]
     return list(dict.fromkeys(release.method for release in there))
 
 

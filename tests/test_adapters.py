@@ -28,6 +28,7 @@ from hypersd.adapters import (
     AdapterFile,
     _dotted,
     _kohya_named,
+    dressed,
     found,
     fused,
     inspect,
@@ -267,9 +268,9 @@ def test_an_adapter_is_merged_once(tiny_folder: Path, file: AdapterFile, monkeyp
 
     def counting(*arguments: Any) -> Any:
         made.append(1)
-        return fused(*arguments)
+        return dressed(*arguments)
 
-    monkeypatch.setattr("hypersd.wardrobe.fused", counting)
+    monkeypatch.setattr("hypersd.wardrobe.dressed", counting)
     first, again = ours(backbone, file), ours(backbone, file)
     assert torch.equal(first, again) and len(made) == 1
 

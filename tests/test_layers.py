@@ -18,7 +18,7 @@ ROWS = [
     "pictures schedule metrics quality intervals folders network",
     "solvers single",
     "checkpoint muon adapters scores nag",
-    "train data safety",
+    "train data safety whole",
     "compiled roles adversary releases wardrobe",
     "backbone",
     "methods",

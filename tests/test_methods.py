@@ -137,7 +137,7 @@ def test_two_names_of_one_method_are_two_rows() -> None:
     [
         (lora("tcd", base="other"), r"trained on another base; train it again with: python -m hypersd distill tcd"),
         (lora("pcm", base="other"), r"was trained on another base; get it again with: python -m hypersd fetch"),
-        (lora("unheard"), r"its method must be one of lcm, .*, hyper, hyper-unet, it says 'unheard'"),
+        (lora("instaflow"), r"its method must be one of lcm, .*, dmd, hyper, hyper-unet, it says 'instaflow'"),
         (lora("base"), r"its method must be one of lcm, .*, dmd, hyper, hyper-unet, it says 'base'"),
         (lora("lcm", name="tcd"), r"it is of method lcm, but 'tcd' is another method's name; choose another --name"),
         (lora("lcm", name="base"), r"it is of method lcm, but 'base' is another method's name"),

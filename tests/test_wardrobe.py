@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hypersd.adapters import AdapterError, AdapterFile, fused
+from hypersd.adapters import AdapterError, AdapterFile, Lora, fused
 from hypersd.backbone import Backbone
 from hypersd.generate import draw
 from hypersd.methods import discover
@@ -45,10 +45,10 @@ class Machine:
         self.loads: list[int] = []
 
     def draw(self, number: int | None) -> Tensor:
-        def read() -> tuple[dict[str, Tensor], float]:
+        def read() -> Lora:
             assert number is not None
             self.loads.append(number)
-            return adapter(number), 0.5
+            return Lora(adapter(number), 0.5)
 
         x = torch.ones(1, 64)
         with torch.no_grad():
@@ -114,7 +114,7 @@ def test_one_that_does_not_fit_leaves_everything_as_it_was() -> None:
     machine.draw(1)
     worn = machine.draw(1)
     with pytest.raises(AdapterError, match="does not fit this base"):
-        machine.wardrobe.wear("odd", lambda: ({"third.lora_A": torch.ones(2, 64)}, 1.0))
+        machine.wardrobe.wear("odd", lambda: Lora({"third.lora_A": torch.ones(2, 64)}))
     assert torch.equal(machine.draw(1), worn)
 
 

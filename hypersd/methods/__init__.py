@@ -19,6 +19,7 @@ from hypersd.methods import (
     hyper_unet,
     lcm,
     lightning,
+    lightning_unet,
     pcm,
     pcm_cfg,
     perflow,
@@ -34,8 +35,9 @@ from hypersd.records import Adapter, InputError
 __all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
 
 _FILES = (
-    teacher, lcm, tcd, pcm, pcm_cfg, lightning, perflow, turbo, flash, dmd2, tscd, tscd_cfg, dmd, hyper, hyper_unet,
-)  # fmt: skip
+    *(teacher, lcm, tcd, pcm, pcm_cfg, perflow, turbo, lightning, lightning_unet, flash, dmd2),
+    *(tscd, tscd_cfg, dmd, hyper, hyper_unet),
+)
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 

@@ -139,12 +139,13 @@ class Method:
 
     `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its grid
     of timesteps; with `sigma_start` the first latent is the schedule's share of noise and not all of it, as Euler
-    schedulers begin. All methods but the base model are `adapted`: drawn with an adapter. `losses` and `stages` say how
-    that is trained here, stage after stage, None and () for one that is only read from its makers; `begins_with` names
-    the method whose last adapter the first stage starts from, `learners` the roles that are trained. With
-    `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came of it and was
-    found, one a stage. `otherwise` ends the sentence that a wrong step count gets, for example "for one step choose
-    hyper".
+    schedulers begin; with `windows` the trajectory is straight in each of so many, as PeRFlow's. All methods but the
+    base model are `adapted`: drawn with an adapter. `losses` and `stages` say how that is trained here, stage after
+    stage, None and () for one that is only read from its makers; `begins_with` names the method whose last adapter the
+    first stage starts from, `learners` the roles that are trained. With `keeps_guidance` the teacher is not guided and
+    some captions are empty. `adapters` are what came of it and was found, one a stage; with `exact` each draws no
+    other number of steps than its own. `otherwise` ends the sentence that a wrong step count gets, for example "for one
+    step choose hyper".
     """
 
     name: str
@@ -160,6 +161,8 @@ class Method:
     licence: str = "Apache-2.0"
     otherwise: str = ""
     sigma_start: bool = False
+    windows: int = 0
+    exact: bool = False
     adapted: bool = True
     losses: Losses | None = None
     stages: tuple[Stage, ...] = ()
@@ -180,8 +183,9 @@ class Method:
     def adapter(self, steps: int) -> AdapterFile | None:
         """The adapter to draw so many steps with; None for the base model.
 
-        An adapter for k segments knows jumps that stay within a segment, so k must divide the number of steps: then
-        every edge is visited. Of those that qualify the one with most segments is closest to the base model.
+        An adapter for k segments knows jumps that stay within a segment, so k must divide the number of steps, or equal
+        it where the method is `exact`: then every edge is visited. Of those that qualify the one with most segments is
+        closest to the base model.
 
         Raises:
             InputError: no adapter was found that can.
@@ -189,6 +193,8 @@ class Method:
         if not self.adapted:
             return None
         fitting = [a for a in self.adapters if steps % a.card.segments == 0]
+        if self.exact:
+            fitting = [a for a in fitting if steps == a.card.segments]
         if not fitting:
             raise InputError(f"{self.name} has no adapter for {steps} steps here; {self.remedy('one')}")
         return max(fitting, key=lambda a: a.card.segments)
@@ -207,6 +213,8 @@ class Method:
             "steps",
             "otherwise",
             "sigma_start",
+            "windows",
+            "exact",
             "adapted",
             "losses",
             "stages",

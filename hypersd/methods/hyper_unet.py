@@ -1,7 +1,7 @@
-"""Hyper-SD's one-step network: Ren et al. 2024, arXiv:2404.13686, section 3.3 and Table 4. A release only.
+"""Hyper-SD's network for one step, Ren et al. 2024, arXiv:2404.13686, section 3.3. Releases only, for SDXL.
 
-A whole network instead of a LoRA, for one step that starts from less noise: it is told t = 800, where its estimates are
-more to be trusted than at the last timestep, though what it is given is noise alone.
+All weights are trained, where `hyper` is a LoRA, and the one step begins at timestep 800: with less noise, the
+network's answer is divided by a larger alpha. Drawn with LCM's last step, as its makers say.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from hypersd.methods.lcm import step
 
 METHOD = Method(
     name="hyper-unet",
-    title="Hyper-SD (one-step network)",
+    title="Hyper-SD, one step",
     paper="arXiv:2404.13686",
-    summary="A whole network for one step, not a LoRA; the step starts at t = 800.",
+    summary="A whole network made for one step, which begins with less noise.",
     sampler="LCM",
     step=step,
     steps=StepRange(1, 1, suggested=(1,)),
     guidance=1.0,
     eta=1.0,
-    otherwise="for other numbers of steps choose hyper",
+    otherwise="for more steps choose hyper",
 )

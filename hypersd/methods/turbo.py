@@ -1,8 +1,8 @@
-"""SDXL-Turbo: Sauer et al. 2023, arXiv:2311.17042, adversarial diffusion distillation. A release only.
+"""SDXL-Turbo: Sauer et al. 2023, arXiv:2311.17042, adversarial diffusion distillation. Releases only; not for commerce.
 
-A whole network; not for commerce. It was made for 512 px, and repeats itself at the 1024 px of its base. Drawn as its
-makers say, with ancestral steps (Euler's method, then fresh noise), which are DDIM's with eta = 1 (arXiv:2010.02502,
-eq. 16) in the variables used here, but for the two ends that lightning.py tells of.
+Drawn as its makers say, with the ancestral form of Euler's method. In the variables used here that is DDIM with eta = 1
+(arXiv:2010.02502, eq. 16), begun and ended like `lightning`. It was made for pictures of 512 pixels; SDXL's are drawn
+with 1024 here, where things may come twice.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 def step(
     schedule: Schedule, x_t: Tensor, x0: Tensor, eps: Tensor, t: int, s: int, eta: float, noise: Callable[[], Tensor]
 ) -> Tensor:
-    return x0 if s == FINAL else ddim_step(x0, eps, schedule.level(t), schedule.level(s), eta, noise())
+    if s == FINAL:
+        return x0
+    return ddim_step(x0, eps, schedule.level(t), schedule.level(s), eta, noise() if eta else None)
 
 
 METHOD = Method(
     name="turbo",
     title="SDXL-Turbo",
     paper="arXiv:2311.17042",
-    summary="Adversarial distillation of a whole network, made for 512 px, for 1 to 4 steps.",
+    summary="An adversary and the teacher's scores, for 1 to 4 steps; made for pictures of 512 pixels.",
     sampler="Euler ancestral",
     step=step,
     steps=StepRange(1, 4, suggested=(1, 2, 4)),
     guidance=1.0,
     eta=1.0,
     sigma_start=True,
-    licence="Stability AI Non-Commercial Research Community License",
+    licence="Stability AI non-commercial",
 )
