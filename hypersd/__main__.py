@@ -86,8 +86,8 @@ def methods_command(given: argparse.Namespace) -> None:
 
 
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="the base model: sd15 or sdxl")
-    parser.add_argument("methods", nargs="*", help="methods to fetch the published models of (default: list them)")
+    parser.add_argument("backbone", help="sd15, sdxl, sd3, flux, or a folder or file of their kinds")
+    parser.add_argument("methods", nargs="*", help="methods, or names of the list (default: list them)")
     parser.add_argument("--file", help="a copy of the one file that is asked for, instead of the hub's")
     parser.add_argument("--accept-licence", action="store_true", help="of what is not for commerce")
     parser.add_argument("--out", help="folder of the files (default: where the app looks)")
@@ -96,15 +96,17 @@ def fetch_arguments(parser: argparse.ArgumentParser) -> None:
 def fetch_command(given: argparse.Namespace) -> None:
     from hypersd import releases
     from hypersd.adapters import beside
-    from hypersd.folders import find_folder, network_sha256
+    from hypersd.folders import denoiser_shapes, find_folder, network_sha256
+    from hypersd.single import laid_out
 
-    there, out = releases.of(given.backbone), Path(given.out) if given.out else beside(given.backbone)[1]
+    backbone = str(laid_out(given.backbone))
+    there, out = releases.of(backbone), Path(given.out) if given.out else beside(backbone)[1]
     if not given.methods:
         for release in there:
             print(releases.describe(release, (out / f"{release.name}.safetensors").is_file()))
         print(f"fetch some with: python -m hypersd fetch {given.backbone} {there[0].method}")
         return
-    wanted = releases.chosen(given.backbone, given.methods)
+    wanted = releases.chosen(backbone, given.methods)
     if (closed := [release for release in wanted if not release.commercial]) and not given.accept_licence:
         raise InputError(
             f"{closed[0].method} by {closed[0].repository} is {closed[0].licence}; "
@@ -115,10 +117,11 @@ def fetch_command(given: argparse.Namespace) -> None:
         raise InputError(f"--file is one file, but {', '.join(given.methods)} are {len(wanted)}: {names}")
     size = sum(release.megabytes for release in wanted)
     print(f"{given.backbone} and {size} MB beside it, unless they are cached")
-    base = network_sha256(find_folder(given.backbone)[1])
+    name, folder, _ = find_folder(backbone)
+    base, shapes = network_sha256(folder), denoiser_shapes(folder, name)
     for release in wanted:
         get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub
-        print(f"{releases.fetch(release, base, out, get).path}: {release.licence}", flush=True)
+        print(f"{releases.fetch(release, base, out, get, shapes).path}: {release.licence}", flush=True)
 
 
 def space_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
-LARGE = 1 << 30  # bytes of a file whose hash is remembered
 
 
 class AdapterError(InputError):
@@ -37,7 +35,10 @@ class AdapterError(InputError):
 
 
 class AdapterFile(NamedTuple):
-    """A LoRA file that has been looked at: where it lies, its sha256, and what it says of itself."""
+    """A LoRA file that has been looked at: where it lies, its sha256, and what it says of itself.
+
+    A whole network is gigabytes, so its sha256 is that of the published file that it was kept from.
+    """
 
     path: Path
     sha256: str
@@ -60,16 +61,12 @@ def inspect(path: Path) -> AdapterFile:
             "`python -m hypersd distill` wrote can be shown by themselves"
         )
     card = _card(found.metadata[KEY], path.name)
-    state = path.stat()
-    known = _remembered_sha256 if state.st_size >= LARGE else _remembered_sha256.__wrapped__
-    return AdapterFile(path, known(path, state.st_size, state.st_mtime_ns), card)
-
-
-@lru_cache(64)
-def _remembered_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    """Of the file that was there at that time: a whole network is looked at more than once, and takes seconds."""
+    if card.kind != "lora":
+        if len(told := str(card.recipe.get("sha256", ""))) != 64:
+            raise AdapterError(f"{path.name} does not say what it was kept from; fetch it again")
+        return AdapterFile(path, told, card)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return AdapterFile(path, hashlib.file_digest(file, "sha256").hexdigest(), card)
 
 
 def _card(text: str, name: str) -> Adapter:
@@ -339,33 +336,30 @@ class Lora(NamedTuple):
             yield name, merged(weight, self.tensors, name.removesuffix(".weight"), self.scale)
 
 
-def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The weights that an adapter changes, by name.
+def changed(shapes: Mapping[str, Sequence[int]], adapter: dict[str, Tensor]) -> list[str]:
+    """Which of a network's weights, of these shapes by name, an adapter changes.
 
     Raises:
         AdapterError: a layer is not there or has another shape: the adapter is for another base.
     """
-    weights = dict(network.named_parameters())
-    touched = {}
-    for name in sorted({name.rsplit(".", 1)[0] for name in adapter}):
-        a, b = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B")
-        weight = weights.get(f"{name}.weight")
-        shape = None if weight is None else weight.shape
-        if a is None or b is None or (*b.shape[:1], *a.shape[1:]) != shape or a.shape[:1] != b.shape[1:2]:
+    layers = sorted({name.rsplit(".", 1)[0] for name in adapter})
+    for name in layers:
+        a, b, shape = adapter.get(f"{name}.lora_A"), adapter.get(f"{name}.lora_B"), shapes.get(f"{name}.weight", ())
+        if a is None or b is None or (*b.shape[:1], *a.shape[1:]) != tuple(shape) or a.shape[:1] != b.shape[1:2]:
             raise AdapterError(f"the adapter does not fit this base: its layer {name} is missing or of another shape")
-        touched[f"{name}.weight"] = weights[f"{name}.weight"]
-    return touched
+    return [f"{name}.weight" for name in layers]
+
+
+def fit(network: nn.Module, adapter: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The weights of a network that an adapter changes, by name. Raises AdapterError as `changed` does."""
+    weights = dict(network.named_parameters())
+    return {name: weights[name] for name in changed({name: w.shape for name, w in weights.items()}, adapter)}
 
 
 def merged(weight: Tensor, adapter: dict[str, Tensor], layer: str, scale: float = 1.0) -> Tensor:
     """W + scale B A of a layer, float32, where the weight is."""
     a, b = (adapter[f"{layer}.{half}"].to(weight.device).flatten(1) for half in ("lora_A", "lora_B"))
     return weight.float() + scale * (b @ a).view_as(weight)
-
-
-def fused(network: nn.Module, adapter: dict[str, Tensor], scale: float = 1.0) -> nn.Module:
-    """A network with W + scale B A in place of W, as `dressed` says."""
-    return dressed(network, Lora(adapter, scale))
 
 
 def dressed(network: nn.Module, outfit: Outfit) -> nn.Module:

@@ -16,7 +16,7 @@ from hypersd import folders, nag
 from hypersd.adapters import AdapterFile, Lora, Outfit, dressed, inspect
 from hypersd.adapters import load as load_adapter
 from hypersd.folders import ModelError
-from hypersd.network import call, conditions, packed
+from hypersd.network import SIZES, call, conditions, packed, pooled_width
 from hypersd.records import InputError
 from hypersd.schedule import FlowSchedule, Schedule
 from hypersd.single import laid_out
@@ -149,6 +149,10 @@ class Backbone:
         """The states for guidance g, where the network is told it."""
         return states
 
+    def sized(self, states: Tensor, smaller: int) -> Tensor:
+        """The states for pictures whose side is divided by `smaller`, where the network is told how large they are."""
+        return states
+
     def truncated(self, prompt: str) -> str:
         """The end of the prompt that does not fit into the text encoder and is ignored; "" if all of it is read."""
         room = self.tokenizer.model_max_length - 2  # the marks of start and end take one token each
@@ -156,13 +160,17 @@ class Backbone:
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
         return prompt[offsets[room][0] :] if len(offsets) > room else ""
 
-    def noise(self, seed: int) -> tuple[Tensor, str]:
+    def noise(self, seed: int, smaller: int = 1) -> tuple[Tensor, str]:
         """The initial latent [1, c, h, w], float32, and the sha256 of its little-endian bytes.
+
+        That of a smaller picture is no part of the larger one's: its height and width are divided by `smaller`.
 
         Drawn on the CPU whatever the device, so that a seed means the same noise everywhere; equal to what a
         diffusers pipeline draws from `torch.Generator().manual_seed(seed)`.
         """
-        x_t = torch.randn((1, *self.latent_shape), generator=torch.Generator().manual_seed(seed))
+        channels, height, width = self.latent_shape
+        shape = 1, channels, height // smaller, width // smaller
+        x_t = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         digest = hashlib.sha256(x_t.numpy().astype("<f4", copy=False).tobytes()).hexdigest()
         return x_t.to(self.device), digest
 
@@ -174,7 +182,7 @@ class Backbone:
         Raises:
             ModelError, AdapterError: the adapter was made for another base, or its file cannot be read.
         """
-        if self._compiled and isinstance(t, int):
+        if self._compiled and isinstance(t, int) and x_t.shape[1:] == self.latent_shape:
             return self._compiled_wearing(*((adapter.path, adapter.sha256) if adapter else (None, "")))(x_t, t, states)
         return self._call(self._worn(adapter), x_t.to(self.dtype), t, states).float()
 
@@ -244,7 +252,8 @@ class Backbone:
     @torch.no_grad()
     def _compile(self, path: Path | None, sha256: str) -> CompiledNetwork:
         assert self._compiled
-        return self._compiled.network(dressed(self.unet, self._read(path, sha256)) if path else self.unet)
+        bare = self.wardrobe.bare()  # torch may have drawn with it, in place
+        return self._compiled.network(dressed(bare, self._read(path, sha256)) if path else bare)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +269,7 @@ class Backbone:
         """Latents [n, c, h, w] -> float32 [n, 3, height, width] around -1..1, with gradient if `latents` have one."""
         about, dtype = self.decoder.config, self.decoder.dtype
         scaled = latents.to(dtype) / about.scaling_factor + float(about.get("shift_factor") or 0.0)
-        if self._compiled:
+        if self._compiled and latents.shape[1:] == self.latent_shape:
             return self._compiled.decode(scaled)
         with self._at_work(self.decoder) as decoder:
             decoded: Tensor = decoder.decode(scaled, return_dict=False)[0].float()
@@ -319,6 +328,12 @@ class StableDiffusionXL(Backbone):
             sequence, pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
         side = self.picture_px
         return packed(sequence, pooled, (side, side, 0, 0, side, side)).to(self.dtype)
+
+    def sized(self, states: Tensor, smaller: int) -> Tensor:
+        resized = states.clone()
+        start = pooled_width(self.unet)
+        resized[:, -1, start : start + SIZES] /= smaller
+        return resized
 
 
 class StableDiffusion3(Backbone):

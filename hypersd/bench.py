@@ -115,7 +115,7 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
     work, rows = _bare(backbone), []
     for method in _drawable(backbone):
         for steps in STEPS:
-            if steps in method.steps:
+            if _draws(method, steps):
                 label = f"{method.name}, {steps} steps"
                 work[label] = _picture(backbone, method, steps)
                 limit = [_bare_call(method)] * steps + ["decoding"]
@@ -196,6 +196,15 @@ def _picture(backbone: Backbone, method: Method, steps: int, *, new: bool = Fals
     return lambda number: draw(backbone, Request(f"{PROMPT} {number}" if new else PROMPT, SEED, steps), method)
 
 
+def _draws(method: Method, steps: int) -> bool:
+    """Whether it draws so many, and as large as the others."""
+    try:
+        method.check(Request(PROMPT, SEED, steps))
+    except InputError:
+        return False
+    return method.smaller == 1
+
+
 def _drawable(backbone: Backbone) -> list[Method]:
     """The rows that need no adapter, or have one for this backbone."""
     return list(discover(found(beside(backbone.name)[1]), backbone.network_sha256).values())
@@ -215,7 +224,7 @@ def _side_by_side(
 
 def _four(backbone: Backbone) -> list[Method]:
     """Lays the baseline beside the first few-step methods, as the app does; empty where there are too few."""
-    methods = [method for method in _drawable(backbone) if 4 in method.steps][:TOGETHER]
+    methods = [method for method in _drawable(backbone) if _draws(method, 4)][:TOGETHER]
     return methods if len(methods) == TOGETHER else []
 
 

@@ -45,7 +45,7 @@ class Compiled:
         self._decoder = _Programs(_trace(_Decoder(vae), (x,)))
 
     def network(self, worn: UNet2DConditionModel) -> CompiledNetwork:
-        """Compile the base itself, or `worn`: a copy of it with other weights (`adapters.fused`)."""
+        """Compile the base itself, or `worn`: a copy of it with other weights (`adapters.dressed`)."""
         model = self._traced.clone()
         _exchange(model, {name: p for name, p in worn.named_parameters() if p is not self.unet.get_parameter(name)})
         return CompiledNetwork(_Programs(model))

@@ -467,7 +467,7 @@ def _prices(network: Network, rank: int, merged: bool) -> dict[str, tuple[float,
                 for sizes in ([p.inputs for p in adapted], [p.outputs for p in adapted]))  # fmt: skip
     reached = sum(2.0 * rank * p.positions * p.inputs for p in adapted if p.reached)
     through = network.learning.backward
-    whole = (bare, through + sum(layer.flops for layer in adapted), 3 * made)  # gradients of W, then of B and A
+    whole = (bare, through + 2 * down + 3 * up, made)  # the low-rank path again, and backward through it
     low_rank = (bare + down + up, through + down + reached + 2 * up, 0.0)
     return {
         "teacher": (bare, 0.0, 0.0),

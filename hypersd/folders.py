@@ -66,6 +66,13 @@ FAMILIES: dict[str, dict[str, Part]] = {  # the pipeline that model_index.json n
     },
 }
 
+BASES = {  # the pipeline -> the base model whose descendants most of its kind are
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+
 
 def tokenizer_of(part: str) -> str:
     """text_encoder_2 -> tokenizer_2"""
@@ -362,6 +369,17 @@ def _part(folder: Path, name: str, part: str, about: Part, dtype: torch.dtype) -
     return model
 
 
+def denoiser_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the denoiser's weights, from the headers of their files.
+
+    Raises:
+        ModelError: they are not there, or damaged.
+    """
+    part, files = _denoiser_files(folder, name)
+    with _explained(folder, name, part):
+        return {key: tuple(told["shape"]) for file in files for key, told in header(file).tensors.items()}
+
+
 def denoiser_weights(folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, value) of each of the denoiser's weights as they lie on disk, one after the other.
 
@@ -370,13 +388,18 @@ def denoiser_weights(folder: Path, name: str) -> Iterator[tuple[str, torch.Tenso
     """
     from safetensors import safe_open
 
-    family = parts(folder, name)
-    part = next(part for part, about in family.items() if about.denoiser)
+    part, files = _denoiser_files(folder, name)
     with _explained(folder, name, part):
-        for path in weight_files(folder, name, part, family[part]):
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     yield key, file.get_tensor(key)
+
+
+def _denoiser_files(folder: Path, name: str) -> tuple[str, list[Path]]:
+    family = parts(folder, name)
+    part = next(part for part, about in family.items() if about.denoiser)
+    return part, weight_files(folder, name, part, family[part])
 
 
 def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:

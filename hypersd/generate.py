@@ -84,7 +84,7 @@ def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnSte
         nfe=latents.nfe,
         guidance=_guidance(request, method),
         eta=_eta(request, method),
-        dtype=_arithmetic(backbone, _nag(request, method)),
+        dtype=_arithmetic(backbone, method, _nag(request, method)),
         seconds=seconds,
         version=__version__,
         nag=_nag(request, method),
@@ -147,7 +147,8 @@ def denoise(
     states = backbone.guided(
         backbone.embed([request.negative_prompt, request.prompt] if guided else [request.prompt]), g
     )
-    x_t, noise_sha256 = backbone.noise(request.seed)
+    states = backbone.sized(states, method.smaller)
+    x_t, noise_sha256 = backbone.noise(request.seed, method.smaller)
     fresh_noise = _noise_after(x_t, request.seed)
     nfe = 0
     jumps = schedule.jumps(request.steps, method.spacing)
@@ -168,7 +169,7 @@ def denoise(
         x0, eps = schedule.split(output, x_t, t)
         x_t = method.step(schedule, x_t, x0, eps, t, s, eta, fresh_noise)
         if on_step is not None:
-            on_step(StepInfo(index, len(jumps), t, x0, backbone.decode))
+            on_step(StepInfo(index, len(jumps), t, schedule.clean(x0, eps, t), backbone.decode))
     return Latents(x_t, noise_sha256, nfe)
 
 
@@ -179,10 +180,11 @@ def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(x_t.shape, generator=generator).to(x_t.device)
 
 
-def _arithmetic(backbone: Backbone, nag: float | None) -> str:
+def _arithmetic(backbone: Backbone, method: Method, nag: float | None) -> str:
     """Such as "float32"; what else changes the pixels' last bits is behind it: an engine's name, decoding in tiles."""
     dtype = str(backbone.dtype).removeprefix("torch.")
-    engine = f", {backbone.engine}{' decoder' if nag else ''}" if backbone.engine != "torch" else ""
+    compiled = backbone.engine != "torch" and method.smaller == 1  # engines draw one size
+    engine = f", {backbone.engine}{' decoder' if nag else ''}" if compiled else ""
     return dtype + engine + ", tiles" * backbone.spares_memory
 
 

@@ -145,7 +145,7 @@ class _Layout:
     """Where everything lies on a contact sheet, in pixels of the finished picture."""
 
     def __init__(self, sheet: Sheet, drawn: Sequence[Panel], columns: int, scale: int) -> None:
-        self.sheet, self.columns, self.scale = sheet, columns, scale
+        self.sheet, self.columns = sheet, columns
         self.font, self.bold = ImageFont.load_default(CAPTION_PX), ImageFont.load_default(CAPTION_PX + 4)
         captions = [_caption(panel) for panel in drawn]
         self.width = max(*(panel.width * scale for panel in drawn), *(self.wide(text) for text in captions))
@@ -176,10 +176,8 @@ class _Layout:
         if panel is None:
             pen.rectangle((x, y, x + self.width - 1, y + self.height - 1), fill="#eeeeee")
             return
-        picture = to_image(panel)
-        image.paste(
-            picture.resize((panel.width * self.scale, panel.height * self.scale), Image.Resampling.NEAREST), place
-        )
+        size = round(panel.width * self.height / panel.height), self.height  # smaller pictures as tall as the others
+        image.paste(to_image(panel).resize(size, Image.Resampling.NEAREST), place)
         pen.multiline_text((x, y + self.height + 3), _caption(panel), fill="black", font=self.font)
 
     def place(self, number: int) -> tuple[int, int]:

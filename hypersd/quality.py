@@ -182,9 +182,19 @@ def feature_distance(a: Tensor, b: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).clamp(min=0)  # equal ones: not -1e-16
 
 
+def _as_large(picture: Tensor, other: Tensor) -> Tensor:
+    """[..., h, w, 3] in float64, not larger than the other."""
+    times = max(1, picture.shape[-2] // other.shape[-2])
+    return picture.double().unflatten(-2, (-1, times)).unflatten(-4, (-1, times)).mean((-2, -4))
+
+
 def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference in grey levels, 0 to 255; uint8 [..., h, w, 3] -> float64 [...]."""
-    return (a.double() - b.double()).abs().mean((-3, -2, -1))
+    """Mean absolute difference in grey levels, 0 to 255; uint8 [..., h, w, 3] -> float64 [...].
+
+    Where one side is a multiple of the other the larger picture is averaged down to the smaller.
+    """
+    a, b = _as_large(a, b), _as_large(b, a)
+    return (a - b).abs().mean((-3, -2, -1))
 
 
 def diversity(drawn: Tensor) -> Tensor:

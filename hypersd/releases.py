@@ -2,6 +2,7 @@
 
     python -m hypersd fetch sdxl            what there is, how big, under which licence
     python -m hypersd fetch sdxl hyper lcm  fetch these, and the base model where it is not there
+    python -m hypersd fetch mine.safetensors lcm    for a model of one's own, of the same kind
 
 What a release is drawn with (steps, grid, guidance, eta) is written down here once, as its model card says; the file
 that `fetch` leaves behind carries it in its metadata, like a LoRA that was trained here, and stands in the app as its
@@ -18,12 +19,14 @@ where the next one begins, and not a timestep beside it as in diffusers' DDIMSch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypersd import whole
-from hypersd.adapters import AdapterError, AdapterFile, load, save
+from hypersd.adapters import AdapterError, AdapterFile, changed, load, save
+from hypersd.folders import BASES, read_json
 from hypersd.records import Adapter, InputError
 
 
@@ -188,26 +191,38 @@ RELEASES = (
 )  # fmt: skip
 
 
-def of(backbone: str, releases: Sequence[Release] = RELEASES) -> list[Release]:
-    """What is published for a backbone.
+def of(backbone: str) -> list[Release]:
+    """What is published for a backbone; for a model of one's own, in a folder, what can be added to its kind.
 
     Raises:
         InputError: nothing is; says for which there is.
+        ModelError: it is a folder, but not of a model.
     """
-    found = [release for release in releases if release.backbone == backbone]
+    found = [release for release in RELEASES if release.backbone == backbone]
+    if not found and os.path.isdir(backbone):
+        kind = read_json(Path(backbone), backbone, "model_index.json").get("_class_name")
+        noise = read_json(Path(backbone), backbone, "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+        found = [r for r in RELEASES if r.backbone == BASES.get(str(kind)) and r.kind != "network"]
+        found = [r for r in found if noise == "epsilon" or not r.prediction]  # it answers by the base's own noise
     if not found:
-        known = ", ".join(sorted({release.backbone for release in releases}))
-        raise InputError(f"nothing is published for {backbone[:40]}; choose from {known}")
+        known = ", ".join(sorted({release.backbone for release in RELEASES}))
+        raise InputError(f"nothing is published for {backbone[:40]}; choose from {known}, or a model of their kinds")
     return found
 
 
 def chosen(backbone: str, names: Sequence[str]) -> list[Release]:
-    """The releases of these methods, in the table's order. Raises InputError for one that there is none of."""
+    """The releases of these methods, or of these names, in the table's order.
+
+    Raises:
+        InputError: there is none of one.
+    """
     there = of(backbone)
     known = dict.fromkeys(release.method for release in there)
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(f"no {unknown[0][:40]} is published for {backbone}; choose from {', '.join(known)}")
-    return [release for release in there if release.method in names]
+    if unknown := [name for name in names if name not in {*known, *(release.name for release in there)}]:
+        raise InputError(
+            f"no {unknown[0][:40]} is published for {backbone}; choose from {', '.join(known)}, or a name of the list"
+        )
+    return [release for release in there if release.method in names or release.name in names]
 
 
 def hub(repository: str, file: str) -> Path:
@@ -231,19 +246,34 @@ def hub(repository: str, file: str) -> Path:
         ) from error
 
 
-def fetch(release: Release, base_sha256: str, out: Path, get: Callable[[str, str], Path] = hub) -> AdapterFile:
+def fetch(
+    release: Release,
+    base_sha256: str,
+    out: Path,
+    get: Callable[[str, str], Path] = hub,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> AdapterFile:
     """Keep a release in `out` as an adapter of ours, made for the base whose network has this hash.
+
+    Args:
+        get: (repository, file) -> a copy of it.
+        shapes: {name: shape} of that network's weights, for a base that may be of another architecture.
 
     Raises:
         InputError: it cannot be had.
-        AdapterError: it is not the file that was published, of another kind, or damaged; nothing was written.
+        AdapterError: it is not the file that was published, of another kind, or damaged, or it does not fit `shapes`;
+            nothing was written.
     """
     path = get(release.repository, release.file)
     sha256 = _checked(release, path)
     ours = out / f"{release.name}.safetensors"
     if release.kind != "lora":
+        if shapes is not None:
+            whole.check(path, shapes)
         return whole.keep(path, ours, release.card(base_sha256, 0, sha256))
     adapter = load(path)
+    if shapes is not None:
+        changed(shapes, adapter)
     rank = max(len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A"))
     return save(ours, adapter, release.card(base_sha256, rank, sha256))
 

@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
 from hypersd.records import InputError
@@ -51,8 +53,8 @@ SMALL = 100_000_000  # parameters; below it launching kernels costs more than wh
 class _Worn:
     """What is worn now; one object shared by all layers, so that a switch is one assignment.
 
-    `merged`: passes with gradient run on the effective weight as well. That asks for a gradient as large as the weight
-    and keeps W + s B A until backward, which is cheap for small networks and out of the question for large ones.
+    `merged`: passes with gradient run on the effective weight as well. That keeps W + s B A until backward, which is
+    cheap for small networks and out of the question for large ones.
     """
 
     merged: bool
@@ -72,28 +74,40 @@ class _Layer:
         names = [name for name in self.worn.names if name in self.lora_A]
         if not names:
             return self.base_layer(x)
+        halves = [layers[name].weight for name in names for layers in (self.lora_A, self.lora_B)]
+        scales = [self.scaling[name] for name in names]
         if torch.is_grad_enabled() and not self.worn.merged:
-            return self._low_rank(x, names)
-        weight = self.base_layer.weight
-        for name in names:
-            weight = weight + self._delta(name).to(weight.dtype)
-        return self._base(x, weight)
-
-    def _low_rank(self, x: Tensor, names: list[str]) -> Tensor:
-        y = self.base_layer(x)
-        for name in names:
-            a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-            y = y + self.scaling[name] * self._up(self._down(x, a), b)
+            return self.base_layer(x) + self._low_rank(x, halves, scales)
+        weight = self._effective(halves, scales)
+        if not torch.is_grad_enabled():
+            return self._base(x, weight)
+        if torch.is_autocast_enabled(x.device.type):  # backward, which is outside of it, shall compute in the same
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        y: Tensor = _Merged.apply(self, scales, x, weight, *halves)
         return y
 
-    def _delta(self, name: str) -> Tensor:
-        """s B A in the shape of the base layer's weight."""
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return (self.scaling[name] * b.flatten(1) @ a.flatten(1)).view_as(self.base_layer.weight)
+    def _low_rank(self, x: Tensor, halves: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        """The sum of s B A x; `halves` are A and B in turn."""
+        pairs = zip(halves[::2], halves[1::2], scales, strict=True)
+        parts = [s * self._up(self._down(x, a.to(x.dtype)), b.to(x.dtype)) for a, b, s in pairs]
+        return sum(parts[1:], parts[0])
+
+    @torch.no_grad()
+    def _effective(self, halves: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+        """W plus the sum of s B A."""
+        weight: Tensor = self.base_layer.weight
+        for a, b, s in zip(halves[::2], halves[1::2], scales, strict=True):
+            weight = weight + (s * b.flatten(1) @ a.flatten(1)).view_as(weight).to(weight.dtype)
+        return weight
 
     @abstractmethod
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         """The base layer with another weight."""
+
+    @abstractmethod
+    def _back(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `_base` with respect to x, given that with respect to its output."""
 
     @abstractmethod
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
@@ -108,6 +122,9 @@ class _Linear(_Layer, lora.Linear):
     def _base(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.base_layer.bias)
 
+    def _back(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return gradient @ weight
+
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)
 
@@ -120,11 +137,43 @@ class _Conv2d(_Layer, lora.Conv2d):
         base = self.base_layer
         return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation)
 
+    def _back(self, gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.base_layer
+        return conv2d_input(x.shape, weight, gradient, base.stride, base.padding, base.dilation)
+
     def _down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.conv2d(x, a, None, self.base_layer.stride, self.base_layer.padding, self.base_layer.dilation)
 
     def _up(self, x: Tensor, b: Tensor) -> Tensor:
         return F.conv2d(x, b)
+
+
+class _Merged(torch.autograd.Function):
+    """A layer on its effective weight W + s B A, which is as dear as the layer alone.
+
+    Backward never makes the gradient of that weight, which would cost one more such pass: A and B get theirs from the
+    low-rank path, computed again for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: _Layer, scales: list[float], x: Tensor, weight: Tensor, *halves: Tensor) -> Tensor:
+        ctx.layer, ctx.scales = layer, scales
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[2] else None, *halves)
+        return layer._base(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, weight, *halves = ctx.saved_tensors
+        _, _, into_x, _, *learn = ctx.needs_input_grad
+        found: Iterator[Tensor] = iter(())
+        if any(learn):
+            with torch.enable_grad():
+                halves = [half.detach().requires_grad_(wanted) for half, wanted in zip(halves, learn, strict=True)]
+                low_rank = ctx.layer._low_rank(x.detach(), halves, ctx.scales)
+            found = iter(torch.autograd.grad(low_rank, [half for half in halves if half.requires_grad], gradient))
+        into_halves = [next(found) if wanted else None for wanted in learn]
+        return None, None, ctx.layer._back(gradient, x, weight) if into_x else None, None, *into_halves
 
 
 class Role(nn.Module):

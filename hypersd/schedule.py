@@ -169,6 +169,10 @@ class Schedule:
             return output, (x_t - alpha * output) / sigma
         return alpha * x_t - sigma * output, alpha * output + sigma * x_t
 
+    def clean(self, x0: Tensor, eps: Tensor, t: int) -> Tensor:
+        """The clean latent that a network had in mind at t, from what `split` gave: what is shown while it draws."""
+        return x0
+
 
 @dataclass(frozen=True, eq=False)
 class FlowSchedule(Schedule):
@@ -289,6 +293,11 @@ class WindowSchedule(Schedule):
         alpha, sigma = ((1 - u) * h + u * f for h, f in zip(head, foot, strict=True))
         output, x_t = output.float(), x_t.float()
         return foot.alpha * (x_t - sigma * output) / alpha + foot.sigma * output, output
+
+    def clean(self, x0: Tensor, eps: Tensor, t: int) -> Tensor:
+        """Without the noise that the window's end still holds; that of "diff_eps" is another, so this is near it."""
+        foot = self.level(self.window(t)[1])
+        return (x0 - foot.sigma * eps) / foot.alpha
 
 
 @dataclass(frozen=True, eq=False)

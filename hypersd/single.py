@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from hypersd.folders import (
     BACKBONES,
+    BASES,
     FAMILIES,
     Header,
     ModelError,
@@ -47,12 +49,12 @@ if TYPE_CHECKING:
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 FOLDERS = Path("runs/models")
+DAY = 24 * 3600.0  # seconds
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP = "conditioner.embedders.1.model."
 TEXT = {"StableDiffusionPipeline": CLIP[:1], "StableDiffusionXLPipeline": (CLIP[1], OPEN_CLIP)}
 DESCRIBED = ("model_index.json", "*/config.json", "scheduler/*", "tokenizer*/*")  # of a folder, all but its weights
-PRESETS = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
 OTHERS = {  # a name in a file -> what it is
     "lora_": "a LoRA",
     ".lora_A.": "a LoRA",
@@ -165,6 +167,9 @@ def _lay_out(file: Path, v: bool, ztsnr: bool, kind: str, folder: Path) -> None:
 
     layout = _layout(kind)
     FOLDERS.mkdir(parents=True, exist_ok=True)
+    for left in FOLDERS.glob(".laid-out-*"):  # by a process that was killed, or it would be younger
+        if time.time() - left.stat().st_mtime > DAY:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=FOLDERS, prefix=".laid-out-") as staging:
         place = Path(staging) / folder.name
         for path in (p for pattern in DESCRIBED for p in layout.glob(pattern) if p.is_file()):
@@ -195,10 +200,10 @@ def _layout(kind: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    preset = BACKBONES[PRESETS[kind]]
+    preset = BACKBONES[BASES[kind]]
     try:
         folder = Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=list(DESCRIBED)))
-        check_tokenizers(folder, PRESETS[kind])  # offline, the client is content with whatever is cached
+        check_tokenizers(folder, BASES[kind])  # offline, the client is content with whatever is cached
         return folder
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise ModelError(

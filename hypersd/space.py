@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hypersd import releases
+from hypersd.folders import BACKBONES
 from hypersd.records import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -88,19 +89,26 @@ The Space gets its weights from the hub whenever it starts, some GB; read their 
 
 
 def _fetched(backbone: str, methods: str | None) -> list[str]:
-    """The methods whose adapters the Space fetches when it starts."""
+    """The methods, or single releases, that the Space fetches when it starts."""
     if backbone == "emoji":
         if methods is not None:
             raise InputError("--with is for published adapters; those of emoji lie in assets and all come along")
         return []
+    if backbone not in BACKBONES:
+        raise InputError(f"a Space gets its base model from the hub: choose from {', '.join(BACKBONES)}")
     names = [name.strip() for name in methods.split(",")] if methods is not None else None
     there = releases.of(backbone) if names is None else releases.chosen(backbone, names)
     closed = [release for release in there if not release.commercial]
     if names and closed:
         raise InputError(f"{closed[0].method} is {closed[0].licence}; leave it out, or put it into the Space yourself")
-    if names is None:  # whole networks are gigabytes each, and fetched at every start
+    whole = [release for release in there if release.kind != "lora"]
+    if names and whole:
+        raise InputError(
+            f"{whole[0].method} is a network of {whole[0].megabytes} MB, to be read anew for each picture; leave it out"
+        )
+    if names is None:
         there = [release for release in there if release.commercial and release.kind == "lora"]
-    return list(dict.fromkeys(release.method for release in there))
+    return list(dict.fromkeys(r.method if names is None or r.method in names else r.name for r in there))
 
 
 def _sources() -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +36,7 @@ class Whole:
             AdapterError: the file and the network differ in a name or a shape.
         """
         weights = dict(network.named_parameters())
-        there = {name: entry["shape"] for name, entry in header(self.path).tensors.items()}
-        needed = {name: list(weight.shape) for name, weight in weights.items()}
-        if odd := [name for name in sorted(there.keys() | needed.keys()) if there.get(name) != needed.get(name)]:
-            shapes = f"{there.get(odd[0], 'nothing')} instead of {needed.get(odd[0], 'nothing')}"
-            raise AdapterError(
-                f"{self.path.name} does not fit this base: {odd[0]} is {shapes}, one of {len(odd)} that differ; "
-                "choose the base that it was made for"
-            )
+        check(self.path, {name: weight.shape for name, weight in weights.items()})
         return weights
 
     def weights(self, bare: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -51,6 +44,22 @@ class Whole:
             for name, weight in bare.items():
                 tensor: Tensor = file.get_tensor(name)
                 yield name, weight.float() + tensor.to(weight.device).float() if self.difference else tensor
+
+
+def check(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """A file holds a network's weights, of these shapes by name, all of them and nothing else.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    there = {name: list(entry["shape"]) for name, entry in header(path).tensors.items()}
+    needed = {name: list(shape) for name, shape in shapes.items()}
+    if odd := [name for name in sorted(there.keys() | needed.keys()) if there.get(name) != needed.get(name)]:
+        found = f"{there.get(odd[0], 'nothing')} instead of {needed.get(odd[0], 'nothing')}"
+        raise AdapterError(
+            f"{path.name} does not fit this base: {odd[0]} is {found}, one of {len(odd)} that differ; "
+            "choose the base that it was made for"
+        )
 
 
 def keep(source: Path, path: Path, card: Adapter) -> AdapterFile:

@@ -16,6 +16,7 @@ class Row:
     guidance: float = 1.0
     eta: float = 0.0
     sampler: str = "DDIM"
+    smaller: int = 1
 
     def check(self, request: Request) -> None:
         if not self.low <= request.steps <= self.high:

@@ -26,11 +26,11 @@ from hypersd.adapters import (
     KEY,
     AdapterError,
     AdapterFile,
+    Lora,
     _dotted,
     _kohya_named,
     dressed,
     found,
-    fused,
     inspect,
     load,
     save,
@@ -198,10 +198,10 @@ def test_kohya_keys_are_those_of_diffusers_own_conversion(sd15: nn.Module, adapt
 # --------------------------------------------------------------------------------------------------------- merging
 
 
-def test_fused_equals_the_role_and_leaves_the_base_alone(tiny_folder: Path, adapter: dict[str, Tensor]) -> None:
+def test_dressed_equals_the_role_and_leaves_the_base_alone(tiny_folder: Path, adapter: dict[str, Tensor]) -> None:
     backbone = Backbone.load(tiny_folder)
     before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
-    worn = fused(backbone.unet, adapter)
+    worn = dressed(backbone.unet, Lora(adapter))
     assert all(torch.equal(before[n], p) for n, p in backbone.unet.named_parameters())
     x, states = torch.cat([backbone.noise(1)[0], backbone.noise(2)[0]]), backbone.embed(["a cat", "a dog"])
     merged = worn(x, 499, encoder_hidden_states=states, return_dict=False)[0]
@@ -212,10 +212,10 @@ def test_fused_equals_the_role_and_leaves_the_base_alone(tiny_folder: Path, adap
     assert (backbone.predict(x, 499, states) - merged).abs().max() > 1e-2
 
 
-def test_fused_shares_what_the_adapter_leaves_alone(tiny_backbone: Backbone, adapter: dict[str, Tensor]) -> None:
+def test_dressed_shares_what_the_adapter_leaves_alone(tiny_backbone: Backbone, adapter: dict[str, Tensor]) -> None:
     few = {n: t for n, t in adapter.items() if n.startswith("mid_block")}
     touched = {f"{n.rsplit('.', 1)[0]}.weight" for n in few}
-    base, worn = tiny_backbone.unet, fused(tiny_backbone.unet, few)
+    base, worn = tiny_backbone.unet, dressed(tiny_backbone.unet, Lora(few))
     assert touched
     for name, weight in worn.named_parameters():
         assert (weight is base.get_parameter(name)) == (name not in touched)
@@ -224,7 +224,7 @@ def test_fused_shares_what_the_adapter_leaves_alone(tiny_backbone: Backbone, ada
 
 
 def test_half_of_the_scale_is_half_of_the_change(tiny_backbone: Backbone, adapter: dict[str, Tensor]) -> None:
-    base, half, whole = (fused(tiny_backbone.unet, adapter, scale) for scale in (0.0, 0.5, 1.0))
+    base, half, whole = (dressed(tiny_backbone.unet, Lora(adapter, scale)) for scale in (0.0, 0.5, 1.0))
     name = "mid_block.resnets.0.conv1.weight"
     w0, w1, w2 = (network.get_parameter(name) for network in (base, half, whole))
     assert torch.equal(w0, tiny_backbone.unet.get_parameter(name))
@@ -246,7 +246,7 @@ def test_an_adapter_of_another_base_is_not_merged(
     else:
         del given[name]
     with pytest.raises(AdapterError, match=r"does not fit this base: its layer mid_block\.\S+ is missing or of"):
-        fused(tiny_backbone.unet, given)
+        dressed(tiny_backbone.unet, Lora(given))
 
 
 def test_a_network_with_roles_on_is_not_merged_into(tiny_folder: Path, adapter: dict[str, Tensor]) -> None:
@@ -255,7 +255,7 @@ def test_a_network_with_roles_on_is_not_merged_into(tiny_folder: Path, adapter: 
     Roles(unet).add("student", rank=2)
     before = {n: p.clone() for n, p in unet.named_parameters()}
     with pytest.raises(AdapterError, match="does not fit this base"):
-        fused(unet, adapter)
+        dressed(unet, Lora(adapter))
     assert all(torch.equal(before[n], p) for n, p in unet.named_parameters())
 
 

@@ -292,6 +292,15 @@ def test_numbers_between_panels_are_the_metrics() -> None:
     assert distances(panels[0], panels[0]) == {"mae": 0.0, "psnr": None, "ssim": 1.0}
 
 
+def test_of_two_sizes_the_larger_is_averaged_down() -> None:
+    *_, (_, _, taken, *_) = press(Painter())
+    panel = taken.panels[0]
+    image = pictures.to_image(panel)
+    large = image.resize((2 * panel.width, 2 * panel.height), Image.Resampling.NEAREST)
+    twice = replace(panel, pixels=large.tobytes(), width=large.width, height=large.height)
+    assert distances(panel, twice) == distances(twice, panel) == {"mae": 0.0, "psnr": None, "ssim": 1.0}
+
+
 def test_what_takes_time_or_is_cut_off_is_said_in_the_panel() -> None:
     def slow(request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
         watch.loading()

@@ -137,9 +137,9 @@ def test_loras_side_by_side_add_what_both_add(backbone: Backbone, tiny_adapters:
         with torch.no_grad():
             return network(x, 500, encoder_hidden_states=states, return_dict=False)[0]
 
-    both = adapters.fused(adapters.fused(backbone.unet, one), two)
+    both = adapters.dressed(adapters.dressed(backbone.unet, adapters.Lora(one)), adapters.Lora(two))
     torch.testing.assert_close(
-        output(adapters.fused(backbone.unet, added(one, two))), output(both), rtol=1e-4, atol=1e-5
+        output(adapters.dressed(backbone.unet, adapters.Lora(added(one, two)))), output(both), rtol=1e-4, atol=1e-5
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -143,12 +144,13 @@ def stock(pipe: Any, base: Backbone, release: Release, file: Path, steps: int) -
         weights = {name: base.wardrobe.bare().state_dict()[name] + tensor for name, tensor in weights.items()}
     pipe.unet.load_state_dict(weights)
     scheduler, call = CARDS[release.method]
+    side = base.picture_px // METHODS[release.method].smaller
     before = pipe.scheduler
     pipe.scheduler = scheduler({**before.config, **FAMILY}, release)
     try:
         latents = pipe(
             PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(SEED), output_type="latent",
-            height=base.picture_px, width=base.picture_px, **{"guidance_scale": GUIDANCE[release.backbone], **call},
+            height=side, width=side, **{"guidance_scale": GUIDANCE[release.backbone], **call},
         ).images  # fmt: skip
     finally:
         pipe.scheduler = before
@@ -192,16 +194,20 @@ def test_each_lightning_network_draws_its_own_number_of_steps(models: dict[str, 
     method = discover(files, base.network_sha256)["lightning-unet"]
     for k, file in zip((1, 4), files, strict=True):
         assert method.adapter(k) == file
-    with pytest.raises(InputError, match="no adapter for 8 steps here; get one with"):
+    with pytest.raises(InputError, match=r"no adapter for 8 steps here; get one with: .* fetch sdxl lightning-unet"):
         method.check(Request("a cat", steps=8))
+    with pytest.raises(InputError, match="was made for 1, 2, 4, 8 steps, got 3; choose one of these"):
+        method.check(Request("a cat", steps=3))
 
 
 # ----------------------------------------------------------------------------------------- straight in each window
 
 
+PLAIN = Schedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0), 1.0)
+
+
 def windows(prediction: str) -> WindowSchedule:
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return WindowSchedule.of(Schedule(torch.cumprod(1 - betas, 0), 1.0), 4, prediction)
+    return WindowSchedule.of(PLAIN, 4, prediction)
 
 
 @given(n=st.integers(4, 400))
@@ -233,10 +239,27 @@ def test_a_step_stays_on_the_line_between_the_windows_ends(t: int, share: float,
     torch.testing.assert_close(stepped, there(s), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("bad", [lambda: windows("").timesteps(3), lambda: windows("epsilon")])
-def test_windows_that_cannot_be_are_explained(bad: Callable[[], Any]) -> None:
-    with pytest.raises(InputError, match=r"steps must be a whole number from 4|must be one of ddim_eps, diff_eps"):
+@pytest.mark.parametrize(
+    ("bad", "sentence"),
+    [
+        (lambda: windows("").timesteps(3), "steps must be a whole number from 4"),
+        (lambda: windows("epsilon"), "must be one of ddim_eps, diff_eps"),
+        (lambda: WindowSchedule.of(PLAIN, 3), "3 windows need a noise schedule of timesteps that they divide"),
+    ],
+)
+def test_windows_that_cannot_be_are_explained(bad: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
         bad()
+
+
+@given(t=st.integers(1, 1000))
+def test_what_is_shown_of_a_step_is_clean(t: int) -> None:
+    schedule = windows("ddim_eps")
+    start, end = schedule.window(t)
+    clean, eps = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(t))
+    first, last = (schedule.level(edge).alpha * clean + schedule.level(edge).sigma * eps for edge in (start, end))
+    found, noise = schedule.split(eps, torch.lerp(first, last, (start - t) / 250), t)
+    torch.testing.assert_close(schedule.clean(found, noise, t), clean, rtol=1e-3, atol=5e-3)
 
 
 # ------------------------------------------------------------------------------------------------ kept and refused
@@ -357,6 +380,19 @@ def test_the_base_comes_back_from_disk_to_the_bit(
     assert not torch.equal(worn.state_dict()["conv_in.weight"], before["conv_in.weight"])
     assert all(torch.equal(weight, before[name]) for name, weight in base.wardrobe.bare().state_dict().items())
     assert reads == [1]
+
+
+def test_what_a_network_was_kept_from_is_its_hash(models: dict[str, Backbone], tmp_path: Path) -> None:
+    """And nothing but its header is read to see what there is: it is gigabytes."""
+    theirs = published(models["sdxl"], tmp_path / "theirs.safetensors")
+    file = kept(models["sdxl"], of("turbo"), theirs, tmp_path / "lora")
+    assert file.sha256 == hashlib.sha256(theirs.read_bytes()).hexdigest()
+    content = bytearray(file.path.read_bytes())
+    content[-1] ^= 1
+    file.path.write_bytes(content)
+    assert adapters.inspect(file.path) == file
+    with pytest.raises(AdapterError, match="does not say what it was kept from; fetch it again"):
+        whole.keep(theirs, tmp_path / "x.safetensors", of("turbo").card("b", 0))
 
 
 def test_with_room_a_switch_reads_nothing_twice(

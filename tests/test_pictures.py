@@ -164,6 +164,10 @@ def test_small_pictures_are_enlarged_by_whole_numbers_so_that_they_can_be_judged
     assert contact_sheet(Sheet([panel(512, 512)])).width < 2 * 512
 
 
+def test_a_picture_of_half_the_side_is_as_tall_as_the_others() -> None:
+    assert len(found(contact_sheet(Sheet([panel(40, 30), panel(80, 60)]), scale=1), 2)) == 1
+
+
 def test_captions_and_names_differ_with_what_they_say() -> None:
     assert ink(contact_sheet(grid_of(1))) != ink(contact_sheet(Sheet([panel(40, 30, steps=4)])))
     plain = contact_sheet(grid_of(2, columns=1))

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from booth import small
 from fake import Painter, eventually, paint
 from PIL import Image
-from rows import METHODS
+from rows import METHODS, Row
 
 from hypersd import pool
 from hypersd.pool import Missing, Pool, Shared
@@ -78,6 +78,16 @@ def test_a_painter_that_fails_is_told_and_nothing_opens(ram: Path) -> None:
 
     found = small(ram, painter)
     assert (found.desk, found.problem) == (None, "the weights are missing; fetch them")
+
+
+def test_an_arm_of_another_size_does_not_take_part(ram: Path) -> None:
+    methods = {**METHODS, "turbo": Row("turbo", "Turbo", smaller=2)}
+    shared, study = Shared(Painter()), ram / "study.yaml"
+    study.write_text(pool.FILE.read_text().replace("lcm@", "turbo@"))
+    found = pool.prepare(shared, methods, study, ram)
+    assert isinstance(found, Pool)
+    assert any(arm.startswith("turbo@") for arm in found.study.arms)
+    assert not any(arm.startswith("turbo@") for arm in found.arms)
 
 
 def test_a_missing_study_says_which_file(ram: Path) -> None:

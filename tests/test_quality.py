@@ -247,6 +247,10 @@ def test_feature_distance_and_pixel_distance() -> None:
     a, b = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.full((2, 4, 4, 3), 250, dtype=torch.uint8)
     b[1] = 10
     assert quality.pixel_distance(a, b).tolist() == quality.pixel_distance(b, a).tolist() == [250, 10]
+    fine = torch.randint(0, 256, (2, 4, 6, 3), dtype=torch.uint8)
+    coarse = fine.double().view(2, 2, 2, 3, 2, 3).mean((2, 4))
+    assert quality.pixel_distance(fine, coarse + 7).tolist() == quality.pixel_distance(coarse + 7, fine).tolist()
+    assert quality.pixel_distance(fine, coarse + 7).tolist() == [7, 7]
 
 
 def test_diversity_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,7 +114,6 @@ def test_the_command_lists_fetches_and_explains(
     two = (Release("lcm", str(model), "maker/repo", "x", 1, "free", 1),
            *(Release("tscd", str(model), "maker/repo", f"{k}", k, "RAIL", 2) for k in (4, 2)))  # fmt: skip
     monkeypatch.setattr(releases, "RELEASES", two)
-    monkeypatch.setattr(releases.of, "__defaults__", (two,))
     monkeypatch.setattr(releases, "hub", taken(theirs))
     assert main(["fetch", str(model)]) == 0
     assert "tscd-4" in (said := capsys.readouterr().out) and "RAIL" in said and "1 MB" in said
@@ -127,6 +127,88 @@ def test_the_command_lists_fetches_and_explains(
     assert "at hand" in capsys.readouterr().out
     assert main(["fetch", "nothing"]) == 2
     assert "choose from" in capsys.readouterr().err
+
+
+OWN = (
+    Release("lcm", "sd15", "maker/repo", "x", 1, "free", 1),
+    Release("perflow", "sd15", "maker/repo", "y", 1, "free", 1, kind="difference", prediction="diff_eps"),
+    Release("hyper-unet", "sd15", "maker/repo", "z", 1, "free", 1, kind="network"),
+    Release("tcd", "sdxl", "maker/repo", "x", 1, "free", 1),
+)
+
+
+def own(backbone: Backbone, folder: Path, prediction: str = "epsilon") -> Path:
+    """A copy of a model that says what it predicts."""
+    path = Path(shutil.copytree(backbone.folder, folder)) / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": prediction}))
+    return folder
+
+
+def test_a_model_of_ones_own_gets_what_is_published_for_its_kind(
+    tiny_backbone: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for whole networks, which would not be added to it but take its place."""
+    model = own(tiny_backbone, tmp_path / "mine")
+    monkeypatch.setattr(releases, "RELEASES", OWN)
+    monkeypatch.setattr(releases, "hub", taken(published(tiny_backbone, tmp_path, kohya=True)))
+    assert main(["fetch", str(model)]) == 0
+    said = capsys.readouterr().out
+    assert all((name in said) == there for name, there in
+               {"lcm": True, "perflow": True, "hyper-unet": False, "tcd": False}.items())  # fmt: skip
+    assert main(["fetch", str(model), "lcm"]) == 0
+    assert list(methods.installed(str(model))) == ["base", "lcm"]
+    assert main(["fetch", str(model), "tcd"]) == 2
+    assert "no tcd is published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lcm", "perflow"])
+def test_what_does_not_fit_a_model_of_ones_own_is_not_kept(
+    tiny_backbone: Backbone,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """Its kind of pipeline tells nothing of how wide its layers are."""
+    model = own(tiny_backbone, tmp_path / "mine")
+    theirs = tmp_path / "theirs.safetensors"
+    layer = "mid_block.attentions.0.proj_in"
+    lora = {f"unet.{layer}.lora_A.weight": torch.ones(2, 7), f"unet.{layer}.lora_B.weight": torch.ones(5, 2)}
+    save_file(lora if method == "lcm" else {"conv_in.weight": torch.ones(1), "conv_out.weight": torch.ones(1)}, theirs)
+    monkeypatch.setattr(releases, "RELEASES", OWN)
+    monkeypatch.setattr(releases, "hub", taken(theirs))
+    assert main(["fetch", str(model), method]) == 2
+    assert "does not fit this base" in capsys.readouterr().err
+    assert not (model / "lora").exists()
+
+
+def test_one_of_several_is_had_by_its_name(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_backbone.folder, tmp_path / "mine")
+    several = tuple(Release("tscd", "sd15", "maker/repo", f"{k}", k, "RAIL", 2) for k in (4, 2))
+    monkeypatch.setattr(releases, "RELEASES", several)
+    theirs = published(tiny_backbone, tmp_path, kohya=True)
+    assert main(["fetch", str(model), "tscd-2", "--file", str(theirs)]) == 0
+    assert [file.path.name for file in adapters.found(model / "lora")] == ["tscd-2.safetensors"]
+    assert main(["fetch", str(model), "tscd-8"]) == 2
+    assert "no tscd-8 is published" in capsys.readouterr().err
+
+
+def test_what_answers_with_noise_is_not_for_a_base_that_does_not(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(releases, "RELEASES", OWN)
+    found = {
+        kind: [release.method for release in releases.of(str(own(tiny_backbone, tmp_path / kind, kind)))]
+        for kind in ("epsilon", "v_prediction")
+    }
+    assert found == {"epsilon": ["lcm", "perflow"], "v_prediction": ["lcm"]}
+
+
+def test_a_folder_that_is_no_model_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", str(tmp_path)]) == 2
+    assert "model_index.json is missing" in capsys.readouterr().err
 
 
 def test_nothing_is_fetched_to_see_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

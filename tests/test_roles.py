@@ -202,6 +202,50 @@ def test_grownare_the_students_whatever_is_worn_at_backward(
     assert not [name for name, p in three.network.named_parameters() if p.grad is not None and "lora" not in name]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("learning", [{"a"}, {"b"}, {"a", "b"}, set()])
+def test_effective_weights_give_the_low_rank_gradients(
+    tiny_backbone: Backbone, learning: set[str], checkpointing: bool
+) -> None:
+    """Into the halves that learn, one way and the other, and into the latent; with two LoRAs worn, of which some do."""
+    found = []
+    for merged in (False, True):
+        roles = Roles(copy.deepcopy(tiny_backbone.unet), merged=merged)
+        for name in ("a", "b"):
+            roles.add(name, rank=2, trainable=name in learning)
+        randomise(roles, "a", "b")
+        if checkpointing:
+            roles.checkpointing()
+        x = X.clone().requires_grad_()
+        with roles.wear("a", "b"):
+            output = call(roles.network, x)
+        output.square().mean().backward()
+        halves = {f"{name} {key}": p.grad for name in "ab" for key, p in roles[name].named_parameters()}
+        assert {key for key, gradient in halves.items() if gradient is not None} == {
+            key for key in halves if key[0] in learning
+        }
+        found.append({"x": x.grad, "output": output.detach()} | {k: g for k, g in halves.items() if g is not None})
+    low_rank, effective = found
+    for key, tensor in low_rank.items():
+        torch.testing.assert_close(effective[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_effective_weights_learn_under_autocast(tiny_backbone: Backbone) -> None:
+    """Arithmetic is in bfloat16, forwards and backwards; what learns stays in float32, and so do its gradients."""
+    gradients = []
+    for merged, autocast in ((True, False), (True, True), (False, True)):
+        roles = Roles(copy.deepcopy(tiny_backbone.unet), merged=merged)
+        roles.add("student", rank=2)
+        randomise(roles, "student")
+        with roles.wear("student"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = call(roles.network).float().square().mean()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in roles["student"].parameters() if p.grad is not None]))
+    exact, effective, low_rank = gradients
+    assert exact.dtype == effective.dtype == torch.float32 and exact.shape == effective.shape
+    assert 0 < (effective - exact).norm() < 2 * (low_rank - exact).norm() < 0.2 * exact.norm()
+
+
 def test_checkpointing_computes_again(three: Roles) -> None:
     """Or the test above would say nothing of it."""
     calls: list[int] = []

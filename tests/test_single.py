@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hypersd import adapters, cost, single
+from hypersd.__main__ import main
 from hypersd.backbone import Backbone
 from hypersd.cost import CONFIGS
 from hypersd.folders import FAMILIES, ModelError
@@ -320,6 +322,22 @@ def test_a_larger_network_is_not_cut_to_fit(file: Path) -> None:
     first = r"mid_block\.attentions\.0\.transformer_blocks\.7\."
     with pytest.raises(ModelError, match=rf"its unet has {len(more)} tensors such as {first}.* has no place for"):
         single.laid_out(file)
+
+
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(file: Path) -> None:
+    left, new = (single.FOLDERS / f".laid-out-{name}/x" for name in ("left", "new"))
+    for path in (left, new):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(left.parent, (0, 0))
+    single.laid_out(file)
+    assert not left.parent.exists() and new.exists()
+
+
+def test_what_is_published_for_its_kind_lies_beside_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "latent-consistency/lcm-lora-sd" in said and f"python -m hypersd fetch {file} hyper" in said
 
 
 def test_what_the_translation_passes_over_is_not_left_out(tuned: Path) -> None:

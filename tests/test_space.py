@@ -103,7 +103,7 @@ def test_another_base_model_takes_no_weights_along(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize(("given", "sentence"), [
     (["--backbone", "sd15", "--with", "lcn"], "no lcn is published for sd15; choose from hyper, tscd"),
-    (["--backbone", "sd99"], "nothing is published for sd99; choose from flux, sd15"),
+    (["--backbone", "sd99"], "a Space gets its base model from the hub: choose from emoji, sd15"),
     (["--with", "lcm"], "--with is for published adapters"),
 ])  # fmt: skip
 def test_a_wrong_wish_leaves_nothing_behind(
@@ -161,6 +161,18 @@ def test_draws_from_its_own_folder(running: str) -> None:
     (refused,) = client.predict("a nude cat", steps=1, methods=["hyper"], api_name="/compare")
     assert refused["png"] == "" and refused["problem"] not in ("", HELD)
     client.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [(["--backbone", str(ROOT / "assets/emoji-sd")], "a Space gets its base model from the hub: choose from emoji"),
+     (["--backbone", "sdxl", "--with", "lightning-unet"], "lightning-unet is a network of 5140 MB")],
+)  # fmt: skip
+def test_what_a_space_could_not_start_or_draw_with_is_refused(
+    asked: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["space", "--out", str(tmp_path / "a"), *asked]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_what_is_not_for_commerce_is_not_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hypersd.adapters import AdapterError, AdapterFile, Lora, fused
+from hypersd.adapters import AdapterError, AdapterFile, Lora, dressed
 from hypersd.backbone import Backbone
 from hypersd.generate import draw
 from hypersd.methods import discover
@@ -62,7 +62,7 @@ def answers() -> Callable[[int | None], Tensor]:
     torch.manual_seed(0)
     net, x = Net(), torch.ones(1, 64)
     with torch.no_grad():
-        table = {n: fused(net, adapter(n), 0.5)(x) for n in range(8)} | {None: net(x)}
+        table = {n: dressed(net, Lora(adapter(n), 0.5))(x) for n in range(8)} | {None: net(x)}
     return lambda number: table[number]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -139,13 +139,13 @@ class Method:
 
     `guidance` and `eta` are what the method was made for, used when a request leaves them open. `spacing` is its grid
     of timesteps; with `sigma_start` the first latent is the schedule's share of noise and not all of it, as Euler
-    schedulers begin; with `windows` the trajectory is straight in each of so many, as PeRFlow's. All methods but the
-    base model are `adapted`: drawn with an adapter. `losses` and `stages` say how that is trained here, stage after
-    stage, None and () for one that is only read from its makers; `begins_with` names the method whose last adapter the
-    first stage starts from, `learners` the roles that are trained. With `keeps_guidance` the teacher is not guided and
-    some captions are empty. `adapters` are what came of it and was found, one a stage; with `exact` each draws no
-    other number of steps than its own. `otherwise` ends the sentence that a wrong step count gets, for example "for one
-    step choose hyper".
+    schedulers begin; with `windows` the trajectory is straight in each of so many, as PeRFlow's; the side of its
+    pictures is the base's divided by `smaller`. All methods but the base model are `adapted`: drawn with an adapter.
+    `losses` and `stages` say how that is trained here, stage after stage, None and () for one that is only read from
+    its makers; `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that
+    are trained. With `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came
+    of it and was found, one a stage; with `exact` each draws no other number of steps than its own. `otherwise` ends
+    the sentence that a wrong step count gets, for example "for one step choose hyper".
     """
 
     name: str
@@ -162,6 +162,7 @@ class Method:
     otherwise: str = ""
     sigma_start: bool = False
     windows: int = 0
+    smaller: int = 1
     exact: bool = False
     adapted: bool = True
     losses: Losses | None = None
@@ -177,6 +178,9 @@ class Method:
             advice = self.otherwise or f"choose {self.steps}"
             plural = "step" if self.steps.high == 1 else "steps"
             raise InputError(f"{self.name} was made for {self.steps} {plural}, got {request.steps}; {advice}")
+        if self.exact and request.steps not in self.steps.suggested:
+            made = ", ".join(map(str, self.steps.suggested))
+            raise InputError(f"{self.name} was made for {made} steps, got {request.steps}; choose one of these")
         if self.adapters:
             self.adapter(request.steps)  # one of them must be for so many
 
@@ -196,15 +200,16 @@ class Method:
         if self.exact:
             fitting = [a for a in fitting if steps == a.card.segments]
         if not fitting:
-            raise InputError(f"{self.name} has no adapter for {steps} steps here; {self.remedy('one')}")
+            raise InputError(f"{self.name} has no adapter for {steps} steps here; {self.remedy('one', self.adapters)}")
         return max(fitting, key=lambda a: a.card.segments)
 
-    def remedy(self, what: str) -> str:
-        """How to come by an adapter: `what` is "one" that is missing, or "it", which does not fit."""
+    def remedy(self, what: str, others: Sequence[AdapterFile] = ()) -> str:
+        """How to come by an adapter: `what` is "one" that is missing beside `others`, or "it", which does not fit."""
         if self.losses:
             again = "train one with" if what == "one" else "train it again with"
             return f"{again}: python -m hypersd distill {self.name}"
-        return f"get {what}{' again' * (what == 'it')} with: python -m hypersd fetch sdxl {self.name}"
+        backbone = others[0].card.backbone if others else "sdxl"
+        return f"get {what}{' again' * (what == 'it')} with: python -m hypersd fetch {backbone} {self.name}"
 
     def describe(self) -> dict[str, Any]:
         """The row without its functions, ready for JSON."""
@@ -214,6 +219,7 @@ class Method:
             "otherwise",
             "sigma_start",
             "windows",
+            "smaller",
             "exact",
             "adapted",
             "losses",

@@ -72,16 +72,14 @@ class Board:
 
     def _measure(self, cell: int, drawing: Drawing) -> None:
         for other, earlier in self.drawings.items():
-            if found := distances(earlier.panel, drawing.panel):
-                a, b = sorted((cell, other))
-                self.numbers = {**self.numbers, f"{a}-{b}": found}
+            a, b = sorted((cell, other))
+            self.numbers = {**self.numbers, f"{a}-{b}": distances(earlier.panel, drawing.panel)}
 
 
-def distances(a: Panel, b: Panel) -> State | None:
-    """MAE, PSNR (None when infinite) and SSIM (None below its window) of two panels; None when the sizes differ."""
-    if (a.width, a.height) != (b.width, b.height):
-        return None
-    x, y = _array(a), _array(b)
+def distances(a: Panel, b: Panel) -> State:
+    """MAE, PSNR (None when infinite) and SSIM (None below its window) of two panels; a larger one is averaged down."""
+    size = min(a.width, b.width), min(a.height, b.height)
+    x, y = (np.asarray(pictures.to_image(panel).resize(size, Image.Resampling.BOX)) for panel in (a, b))
     psnr = metrics.psnr(x, y)
     return {
         "mae": round(metrics.mae(x, y), 2),
@@ -122,10 +120,6 @@ def png(panel: Panel) -> str:
 def address(data: bytes, kind: str) -> str:
     """Bytes as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _array(panel: Panel) -> metrics.Pixels:
-    return np.frombuffer(panel.pixels, np.uint8).reshape(panel.height, panel.width, 3)
 
 
 def _tile(cell: Cell) -> State:

@@ -266,8 +266,8 @@
       const key = `${mine.facts.pixels_sha256} ${theirs.facts.pixels_sha256}`;
       if (canvas.dataset.key === key) return;
       canvas.dataset.key = key;
-      const [p, q] = await Promise.all([this.decoded(mine), this.decoded(theirs)]);
-      if (p.width !== q.width || p.height !== q.height) return;
+      let [p, q] = await Promise.all([this.decoded(mine), this.decoded(theirs)]);
+      [p, q] = [enlarged(p, q), enlarged(q, p)];
       canvas.width = p.width;
       canvas.height = p.height;
       const out = new ImageData(p.width, p.height);
@@ -487,6 +487,17 @@
 
   // Black, violet, orange, pale yellow: lightness rises evenly, so the map also reads without colour.
   const RAMP = [[8, 8, 16], [76, 20, 104], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
+  // Pixels as wide and tall as the larger of two pictures, since one method draws smaller ones than the others.
+  function enlarged(pixels, other) {
+    const [width, height] = [Math.max(pixels.width, other.width), Math.max(pixels.height, other.height)];
+    if (width === pixels.width && height === pixels.height) return pixels;
+    const small = el('canvas', { width: pixels.width, height: pixels.height });
+    small.getContext('2d').putImageData(pixels, 0, 0);
+    const pen = el('canvas', { width, height }).getContext('2d');
+    pen.drawImage(small, 0, 0, width, height);
+    return pen.getImageData(0, 0, width, height);
+  }
+
   function heatColour(value) {
     const at = value * (RAMP.length - 1);
     const low = Math.min(Math.floor(at), RAMP.length - 2);
