@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from hypersd.emoji import artwork, autoencoder, decoder, scorer, teacher, text
 from hypersd.train import Objective, Recipe, Run
 
-UPDATES = 5
+UPDATES = 3
 
 
 def synthetic(runs: Path, count: int = 12) -> None:
@@ -56,7 +56,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def short(recipe: Recipe) -> Recipe:
-    return replace(recipe, updates=UPDATES, batch=4, warmup=2, cooldown=2)
+    return replace(recipe, updates=UPDATES, batch=4, warmup=1, cooldown=1)
 
 
 PARTS: dict[str, Callable[[Path], tuple[Objective, Recipe]]] = {

@@ -390,8 +390,17 @@ def test_a_grid_fills_row_by_row_and_says_what_cannot_be() -> None:
     assert (taken.rows, taken.heads) == (["Base model", "TCD"], ["1 step", "2 steps"])
 
 
+class Patient(Painter):
+    """Its third picture lasts until it is stopped."""
+
+    def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
+        if len(self.calls) == 2 and not self.stops and not self.has(request, method):
+            eventually(watch.stop, 60)
+        return super().__call__(request, method, watch)
+
+
 def test_a_stopped_grid_keeps_its_pictures_and_the_next_run_fills_the_rest() -> None:
-    painter = Painter(0.1, keep=True)  # slow beside what the screen needs on a busy machine
+    painter = Patient(keep=True)
 
     async def leave_early() -> None:
         told = sweep.sweeping(screen(painter))("a cat", "1-3", "1, 8", ["base"], "", "", [])
