@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ if __name__ == "__main__":
         engine.warm_up()
         study.fill()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a Space ends the app so: as Ctrl-C does
-    demo.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):  # a second one, while the page is being closed
+        demo.block_thread()
     study.close()
     os._exit(0)  # all is saved; a drawing that is still in torch would abort Python's own way out
