@@ -31,7 +31,7 @@ CREDITS = HERE.parents[1] / "assets" / "CREDITS.md"
 FONTS = ["-apple-system", "BlinkMacSystemFont", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SF Mono", "Cascadia Code", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
 
-ABOUT = "Panels that show the same noise start from it. Times are wall time on this machine, with the weights in memory."
+ABOUT = "Panels that show the same noise start from it. Times are wall time here, with the weights in memory."
 
 QUEUE: dict[str, Any] = {"max_size": 32, "default_concurrency_limit": 1, "api_open": False}
 LAUNCH: dict[str, Any] = {
