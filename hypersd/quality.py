@@ -182,8 +182,8 @@ def feature_distance(a: Tensor, b: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1)).clamp(min=0)  # equal ones: not -1e-16
 
 
-def _as_large(picture: Tensor, other: Tensor) -> Tensor:
-    """[..., h, w, 3] in float64, not larger than the other."""
+def _reduced(picture: Tensor, other: Tensor) -> Tensor:
+    """[..., h, w, 3] in float64, averaged down to the size of the other where it is larger."""
     times = max(1, picture.shape[-2] // other.shape[-2])
     return picture.double().unflatten(-2, (-1, times)).unflatten(-4, (-1, times)).mean((-2, -4))
 
@@ -193,7 +193,7 @@ def pixel_distance(a: Tensor, b: Tensor) -> Tensor:
 
     Where one side is a multiple of the other the larger picture is averaged down to the smaller.
     """
-    a, b = _as_large(a, b), _as_large(b, a)
+    a, b = _reduced(a, b), _reduced(b, a)
     return (a - b).abs().mean((-3, -2, -1))
 
 

@@ -16,12 +16,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_recipes import FAMILY, KINDS, PROMPT, SEED
 from test_releases import taken
 from torch import Tensor, nn
 
@@ -36,10 +35,7 @@ from hypersd.releases import RELEASES, Release
 from hypersd.schedule import Schedule, WindowSchedule
 from hypersd.wardrobe import Wardrobe
 
-PROMPT, SEED = "a happy cat with a red heart", 7
-KINDS = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 NETWORKS = [release for release in RELEASES if release.kind != "lora"]
-FAMILY = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # of the true models' schedulers
 
 
 @pytest.fixture(scope="module")
