@@ -1,4 +1,4 @@
-"""Pairs whose order is known without asking: artwork over the teacher's drawings, these over corrupted ones."""
+"""Pairs whose order is known without asking: artwork over the teacher's drawings, over hurried, over corrupted ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hypersd.generate import draw
 from hypersd.methods import find
 from hypersd.records import Request
 
-STEPS = 8  # of the teacher, whose pictures hardly change after that
+STEPS, FEW = 8, 2  # of the teacher: its pictures hardly change after 8, and after 2 they are not done
 SPLITS = ("train", "composition")  # whose things the teacher knows
 
 
 def emoji(folder: Path, limit: int, engine: str = "torch") -> Preferences:
-    """The embedded model's: real pictures, the teacher's of the same captions, and those made blurred and noisy.
+    """The embedded model's: real pictures, the teacher's of the same captions, those of a few steps, and these spoilt.
 
     At most `limit` captions, spread evenly over the artwork. Raises ArtworkError: it is not there.
     """
@@ -29,15 +29,19 @@ def emoji(folder: Path, limit: int, engine: str = "torch") -> Preferences:
     places = [place for place, row in enumerate(rows) if row.split in SPLITS]
     chosen = places[:: max(1, -(-len(places) // limit))]
     captions = [artwork.captions(rows[place])[0] for place in chosen]
-    backbone, base, drawn = Backbone.load("emoji", engine=engine), find("base"), []
-    for place, caption in tqdm(list(zip(chosen, captions, strict=True)), desc="teacher", unit="picture"):
-        panel = draw(backbone, Request(caption, place, STEPS), base)
-        flat = torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8)
-        drawn.append(flat.view(panel.height, panel.width, 3))
+    backbone, base = Backbone.load("emoji", engine=engine), find("base")
+    drawn: dict[int, list[Tensor]] = {STEPS: [], FEW: []}
+    for place, caption in tqdm(list(zip(chosen, captions, strict=True)), desc="teacher", unit="caption"):
+        for steps, so_far in drawn.items():
+            panel = draw(backbone, Request(caption, place, steps), base)
+            flat = torch.frombuffer(bytearray(panel.pixels), dtype=torch.uint8)
+            so_far.append(flat.view(panel.height, panel.width, 3))
+    good, few = (torch.stack(pictures) for pictures in drawn.values())
     ladder = {
         "artwork": torch.from_numpy(pictures[chosen]),
-        f"teacher, {STEPS} steps": torch.stack(drawn),
-        "the same, blurred and noisy": worse(torch.stack(drawn)),
+        f"teacher, {STEPS} steps": good,
+        f"teacher, {FEW} steps": few,
+        "the latter, blurred and noisy": worse(few),
     }
     return constructed(captions, ladder)
 
