@@ -84,8 +84,8 @@ class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
     `revision` is the commit of the repository that is fetched, whatever its makers change later. `variant` is
-    "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which half
-    precision it draws on a GPU. `quick` is a small decoder for its latents, on the hub.
+    "fp16" where the half-precision files are enough: they are half as long to fetch. `quick` is a small decoder for
+    its latents, on the hub.
     """
 
     source: str
@@ -93,7 +93,6 @@ class Preset:
     summary: str
     revision: str = ""
     variant: str = ""
-    half: str = "float16"
     quick: str = ""
 
 
@@ -130,7 +129,6 @@ BACKBONES = {
         "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
         "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
         revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
-        half="bfloat16",
         quick="madebyollin/taef1",
     ),
 }

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from hypersd import __version__
-from hypersd.backbone import Backbone
+from hypersd.backbone import Backbone, no_room
 from hypersd.folders import ModelError
 from hypersd.methods import Method
-from hypersd.records import FINAL, InputError, Panel, Request
+from hypersd.records import FINAL, Panel, Request
 from hypersd.schedule import Schedule, WindowSchedule
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnSte
     adapter = method.adapter(request.steps)
     base_sha256 = backbone.sha256  # hashed once per model, outside the time that is reported
     started = time.perf_counter()
-    latents, pixels = _within_memory(backbone, on_step, lambda tell: _painted(backbone, request, method, tell))
+    latents, pixels = _within_memory(backbone, partial(_painted, backbone, request, method, _told_once(on_step)))
     seconds = time.perf_counter() - started
     return Panel(
         pixels=pixels.numpy().tobytes(),
@@ -103,8 +104,24 @@ def _painted(backbone: Backbone, request: Request, method: Method, on_step: OnSt
         return latents, backbone.decode(latents.x)[0]
 
 
-def _within_memory(backbone: Backbone, on_step: OnStep, paint: Callable[[OnStep], T]) -> T:
-    """What `paint` returns, at the second try if the first found too little memory on the GPU. A step is told once."""
+def _within_memory(backbone: Backbone, work: Callable[[], T]) -> T:
+    """What `work` returns, at the second try if the first found too little memory on the GPU."""
+    with suppress(torch.cuda.OutOfMemoryError):  # outside of which nothing holds the first try's tensors any more
+        return work()
+    log.warning("%s: the GPU's memory is full; going on with less of it", backbone.name)
+    backbone.spare_memory()
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as problem:
+        raise no_room(backbone.name) from problem
+
+
+def _decoded(backbone: Backbone, latents: Tensor) -> Tensor:
+    return _within_memory(backbone, partial(backbone.decode, latents))
+
+
+def _told_once(on_step: OnStep) -> OnStep:
+    """A step is told once, even if the drawing is begun again."""
     told = 0
 
     def tell(step: StepInfo) -> None:
@@ -114,17 +131,7 @@ def _within_memory(backbone: Backbone, on_step: OnStep, paint: Callable[[OnStep]
             if on_step is not None:
                 on_step(step)
 
-    with suppress(torch.cuda.OutOfMemoryError):  # outside of which nothing holds the first try's tensors any more
-        return paint(tell)
-    log.warning("%s: the GPU's memory is full; drawing again with less of it", backbone.name)
-    backbone.spare_memory()
-    try:
-        return paint(tell)
-    except torch.cuda.OutOfMemoryError as problem:
-        raise InputError(
-            f"the GPU has too little memory for {backbone.name}; end other programs on it, choose a smaller model, or "
-            "hide the GPU to draw on the CPU: CUDA_VISIBLE_DEVICES= python app.py"
-        ) from problem
+    return tell
 
 
 def denoise(
@@ -169,7 +176,7 @@ def denoise(
         x0, eps = schedule.split(output, x_t, t)
         x_t = method.step(schedule, x_t, x0, eps, t, s, eta, fresh_noise)
         if on_step is not None:
-            on_step(StepInfo(index, len(jumps), t, schedule.clean(x0, eps, t), backbone.decode))
+            on_step(StepInfo(index, len(jumps), t, schedule.clean(x0, eps, t), partial(_decoded, backbone)))
     return Latents(x_t, noise_sha256, nfe)
 
 

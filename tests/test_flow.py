@@ -158,6 +158,15 @@ def test_the_long_encoder_is_looked_for(models: dict[str, Backbone], tmp_path: P
         Backbone.load(copy)
 
 
+@pytest.mark.parametrize(("name", "half"), [("sd3", torch.float16), ("flux", torch.bfloat16)])
+def test_a_gpu_draws_a_local_folder_in_the_half_precision_of_its_family(
+    models: dict[str, Backbone], name: str, half: torch.dtype
+) -> None:
+    """Whatever the folder is called: float16 overflows in FLUX. torch's "meta" is a device without a machine."""
+    assert Backbone.load(models[name].folder, device="meta", dtype=None).dtype == half
+    assert Backbone.load(models[name].folder, dtype=None).dtype == torch.float32
+
+
 def test_each_family_has_its_class(models: dict[str, Backbone]) -> None:
     assert type(models["sd3"]) is StableDiffusion3 and type(models["flux"]) is Flux
 

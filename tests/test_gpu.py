@@ -11,7 +11,7 @@ import torch
 
 from hypersd import bench
 from hypersd.adapters import AdapterFile
-from hypersd.backbone import Backbone, best_device
+from hypersd.backbone import Backbone, load_best
 from hypersd.distill import Distillation, Settings
 from hypersd.generate import draw
 from hypersd.methods import discover, find
@@ -26,8 +26,8 @@ EMOJI = Path(__file__).parent.parent / "assets" / "emoji-sd"
 
 
 def test_it_is_chosen_by_itself() -> None:
-    assert best_device("emoji") == ("cuda", torch.float16)
-    assert best_device("flux") == ("cuda", torch.bfloat16)
+    backbone = load_best("emoji")
+    assert (backbone.device.type, backbone.dtype) == ("cuda", torch.float16)
 
 
 def test_noise_and_pictures_are_those_of_the_cpu() -> None:

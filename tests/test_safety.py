@@ -315,27 +315,27 @@ def test_the_study_does_not_open_with_a_picture_that_is_held_back(tmp_path: Path
 ])  # fmt: skip
 def test_is_on_where_others_can_come(environment: dict[str, str], public: bool) -> None:
     assert is_public(environment) == public
-    assert bool(of("sd15", lambda: ("cpu", None), environment)) == public
-    assert of("emoji", lambda: ("cpu", None), environment) is None
-    assert of("models/emoji", lambda: ("cpu", None), {"HYPERSD_PUBLIC": "1"}), "another model of that name"
+    assert bool(of("sd15", lambda: "cpu", environment)) == public
+    assert of("emoji", lambda: "cpu", environment) is None
+    assert of("models/emoji", lambda: "cpu", {"HYPERSD_PUBLIC": "1"}), "another model of that name"
 
 
 def test_is_off_only_by_the_word_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    assert of("sd15", lambda: ("cpu", None), {"SPACE_ID": "you/space", "HYPERSD_SAFETY": "off"}) is None
+    assert of("sd15", lambda: "cpu", {"SPACE_ID": "you/space", "HYPERSD_SAFETY": "off"}) is None
     assert [(r.levelno, r.message) for r in caplog.records] == [
         (logging.WARNING, "the safety filter is off: HYPERSD_SAFETY=off")
     ]
     for said in ("0", "false", "of", "no"):  # no folder of that name: closed
-        kept = of("sd15", lambda: ("cpu", None), {"HYPERSD_SAFETY": said})
+        kept = of("sd15", lambda: "cpu", {"HYPERSD_SAFETY": said})
         assert kept
         with pytest.raises(InputError, match="cannot be loaded, so nothing is drawn"):
             kept.prepare()
 
 
 def test_can_be_wanted_anywhere_and_from_a_folder(tmp_path: Path) -> None:
-    kept = of("emoji", lambda: ("cpu", None), {"HYPERSD_SAFETY": str(checker.folder(tmp_path, EVERYTHING))})
+    kept = of("emoji", lambda: "cpu", {"HYPERSD_SAFETY": str(checker.folder(tmp_path, EVERYTHING))})
     assert kept and not kept.ready
     with pytest.raises(InputError, match="does not show this picture"):
         kept.look([bytes(30 * 30 * 3)], 30, 30)
     assert kept.ready
-    assert of("emoji", lambda: ("cpu", None), {"HYPERSD_SAFETY": "on"})
+    assert of("emoji", lambda: "cpu", {"HYPERSD_SAFETY": "on"})
