@@ -148,11 +148,16 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
         folder = Path(name)
         if not (name and _is_folder(folder)):
             raise ModelError(f"backbone must be one of {', '.join(BACKBONES)} or a model's folder, got {name[:80]!r}")
-        return folder.resolve().name, folder, "as stated by the model's maker"
+        return folder.resolve().name, folder, licence(name)
     preset = BACKBONES[name]
     if name == "emoji":
-        return name, Path(__file__).parent.parent / preset.source, preset.licence
-    return name, _fetch(name, preset), preset.licence
+        return name, Path(__file__).parent.parent / preset.source, licence(name)
+    return name, _fetch(name, preset), licence(name)
+
+
+def licence(name_or_folder: str) -> str:
+    preset = BACKBONES.get(name_or_folder)
+    return preset.licence if preset else "as stated by the model's maker"
 
 
 def measured(name_or_folder: str) -> Path:
