@@ -294,8 +294,8 @@ def header(file: Path) -> Header:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) == 8 and length > HEADER_MAX:
-            raise NoSafetensors
+        if length > HEADER_MAX:
+            raise NoSafetensors if len(start) == 8 else ValueError("cut short")
         text = stream.read(length)
     try:
         tensors: dict[str, Any] = json.loads(text)
