@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hypersd import __version__, adapters, adversary, methods
 from hypersd.backbone import Backbone
-from hypersd.generate import denoise
+from hypersd.generate import denoise, grid, trajectory
 from hypersd.methods import METHODS, Method, Stage
 from hypersd.methods.base import Places
 from hypersd.network import call
@@ -239,18 +239,19 @@ class Distillation:
     def visits(self, step: Step) -> Places:
         at = self.beginnings(step)
         assert self._batch.latents is not None, "checked when the data was opened"
-        later = torch.tensor([t for t, _ in self.schedule.jumps(MOST)][1:])
+        later = torch.tensor([t for t, _ in grid(self.schedule, self.method, MOST)][1:])
         drawn = later[(step.uniform("visit") * len(later)).long()].to(at.t.device)
         t = torch.where(step.uniform("begin").to(at.t.device) < BEGINNINGS, at.t, drawn)
         x_t = self.schedule.diffuse(self._batch.latents.to(at.x_t.device), at.x_t, t)
         return at._replace(x_t=torch.where((t == at.t).view(-1, 1, 1, 1), at.x_t, x_t), t=t)
 
     def teacher_sample(self, at: Places, steps: int) -> Tensor:
-        x_t = at.x_t
-        for t, s in self.schedule.jumps(steps):
-            x0, eps = self.guided(x_t, torch.full_like(at.t, t), at.states)
-            x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
-        return x_t
+        def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            return self.guided(x_t, torch.full_like(at.t, t), at.states)
+
+        base = METHODS["base"]
+        *_, last = trajectory(self.schedule, base, grid(self.schedule, base, steps), at.x_t, estimate)
+        return last.x
 
     def anywhere(self, x0: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (int(share * len(self.schedule)) for share in JUDGED)

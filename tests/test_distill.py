@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,18 +200,31 @@ def test_three_roles_of_one_network_do_what_three_copies_do_in_two_networks_less
     assert 1.7 <= (three["more"] - one["more"]) / one["network"] <= 3.0
 
 
-def test_scores_are_compared_where_drawings_stop_by(backbone: Backbone) -> None:
+@pytest.mark.parametrize("build", [tiny.build, tiny.build_xl])  # a trailing base, and a leading one
+def test_scores_are_compared_where_drawings_stop_by(build: Callable[[Path], Path], tmp_path: Path) -> None:
     """Half from noise alone, the rest from latents noised to the stops of 8 steps after the first, evenly."""
+    backbone, stops = Backbone.load(build(tmp_path / "model")), list[int]()
+    row = replace(METHODS["hyper"], adapted=False)
+    denoise(backbone, Request("a cat", 0, 8), row, on_step=lambda info: stops.append(info.timestep))
     made, recipe = objective(backbone, "hyper", METHODS["hyper"].stages[0]), replace(RECIPE, batch=400, accumulate=1)
     step = Step(0, recipe)
     begun, at = made.beginnings(step), made.visits(step)
     first = at.t == 999
     assert torch.equal(at.x_t[first], begun.x_t[first]) and 160 < int(first.sum()) < 240
-    later = [t for t, _ in made.schedule.jumps(8)][1:]
-    assert set(at.t[~first].tolist()) == set(later)
+    assert set(at.t[~first].tolist()) == set(stops[1:])
     x0 = made.data.take(step.rows(len(made.data)), step).latents
     assert x0 is not None
     torch.testing.assert_close(at.x_t[~first], made.schedule.diffuse(x0, begun.x_t, at.t)[~first])
+
+
+@pytest.mark.parametrize("build", [tiny.build, tiny.build_xl])
+def test_the_teachers_samples_are_what_the_base_model_draws(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    backbone = Backbone.load(build(tmp_path / "model"))
+    drawn = denoise(backbone, Request("a cat", 5, 4, guidance=3.0), METHODS["base"]).x
+    made = objective(backbone, "dmd", Stage(), replace(SETTINGS, guidance=(3.0, 3.0)))
+    at = made.beginnings(Step(0, replace(RECIPE, batch=1)))
+    at = at._replace(x_t=backbone.noise(5)[0], states=backbone.embed(["a cat"]))
+    torch.testing.assert_close(made.teacher_sample(at, 4), drawn)
 
 
 def test_a_start_is_where_one_step_begins_and_more_do_not(backbone: Backbone, tmp_path: Path) -> None:
