@@ -34,7 +34,7 @@ from hypersd.generate import denoise
 from hypersd.methods import METHODS, Stage, discover
 from hypersd.records import InputError, Request
 from hypersd.schedule import PREDICTIONS
-from hypersd.train import Recipe, RecipeChanged, Run, Step
+from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step
 
 B = 8
 STEP = Step(3, RECIPE)
@@ -133,7 +133,7 @@ def test_student_and_fake_resume_bit_for_bit(tiny_folder: Path, tmp_path: Path, 
     assert all(torch.equal(tensor, weights(unbroken)[name]) for name, tensor in weights(again).items())
 
 
-def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
+def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method, recipe = METHODS["hyper"], replace(RECIPE, updates=1, accumulate=1)
 
     def train(out: Path) -> adapters.AdapterFile:
@@ -147,6 +147,12 @@ def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lora" / "hyper-1.safetensors").unlink()
     made = train(tmp_path / "lora")
     assert made.card.recipe["start"] == start.sha256 and (made.card.method, made.card.segments) == ("hyper", 1)
+    assert f"hyper: begins with {start.path}" in capsys.readouterr().out
+    (tmp_path / "lora" / "hyper.safetensors").unlink()
+    adapters.save(start.path.with_name("a-1.safetensors"), adapters.load(start.path), replace(start.card, name="a"))
+    start.path.unlink()
+    with pytest.raises(InputError, match=r"none of that name in .*lora; begin with another one, --begin a-1, or train"):
+        train(tmp_path / "lora")
 
 
 def test_any_method_can_begin_with_a_lora_that_is_named(
@@ -161,6 +167,24 @@ def test_any_method_can_begin_with_a_lora_that_is_named(
     assert {"dmd", "tscd", "tscd-dmd"} <= table.keys()
     with pytest.raises(InputError, match=r"there is no LoRA 'tscd-3'; choose from .*tscd-1"):
         adapters.named(tiny_adapters, "tscd-3")
+
+
+def test_the_licence_of_a_release_holds_for_what_begins_with_it(
+    tiny_folder: Path, tmp_path: Path, tiny_adapters: Sequence[adapters.AdapterFile]
+) -> None:
+    """For what begins with that, too. Where it is drawn is the method's: it was trained there."""
+    file, told = adapters.named(tiny_adapters, "tcd-1"), {"licence": "CC BY-NC 4.0", "release": "they/theirs"}
+    card = replace(file.card, recipe={**told, "spacing": "original", "sha256": "f" * 64})
+    release = adapters.save(tmp_path / "tcd.safetensors", adapters.load(file.path), card)
+    given = (lambda: Backbone.load(tiny_folder), Latents.of, SETTINGS, replace(RECIPE, updates=1), tmp_path / "runs",
+             tmp_path / "out")  # fmt: skip
+    (once,) = distill.run(METHODS["tcd"], *given, name="once", begin=release)
+    assert distill.run(METHODS["tcd"], *given, name="once", begin=release) == [once], "a finished one is known again"
+    (twice,) = distill.run(METHODS["tcd"], *given, name="twice", begin=once)
+    for made in (once, twice):
+        row = discover([made], made.card.base_sha256)[made.card.name]
+        assert (row.licence, row.spacing) == ("CC BY-NC 4.0", "trailing")
+        assert made.card.recipe["release"] == "they/theirs"
 
 
 def test_a_lora_of_another_base_is_begun_with_only_by_choice(
@@ -579,9 +603,20 @@ def test_stages_follow_each_other_and_a_finished_one_is_kept(
         (SETTINGS, replace(SHORT, lr=0.5), r"lr: 0\.01 then, 0\.5 now"),
         (replace(SETTINGS, guidance=(2.0, 4.0)), SHORT, r"settings\.guidance: \[3\.0, 8\.0\] then, \[2\.0, 4\.0\] now"),
     ):
-        with pytest.raises(RecipeChanged, match=rf"tscd-8\.safetensors was trained with another recipe \({sentence}\)"):
-            train(tiny_folder, tmp_path, settings, recipe)
+        refused = rf"tscd-8\.safetensors was trained with another recipe \({sentence}\).*--name tscd-new"
+        with pytest.raises(RecipeChanged, match=refused):  # before base and data are asked for
+            train(tiny_folder, tmp_path, settings, recipe, load=None, open_data=None)
     assert [adapters.inspect(f.path).sha256 for f in files[:-1]] == [f.sha256 for f in files[:-1]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_divergence_says_what_to_type(tiny_folder: Path, tmp_path: Path) -> None:
+    def broken(backbone: Backbone) -> Latents:
+        data = Latents.of(backbone)
+        return replace(data, latents=torch.full_like(data.latents, float("nan")))  # type: ignore[arg-type]
+
+    with pytest.raises(Diverged, match=r"with a learning rate below 0\.01: --lr 0\.005 --name lcm-slower$"):
+        train(tiny_folder, tmp_path, method="lcm", open_data=broken)
 
 
 @pytest.mark.usefixtures("quick")

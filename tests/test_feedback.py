@@ -181,6 +181,22 @@ def test_a_rollout_begins_where_the_parent_does(
     assert [t for _, t, _, _ in rolled_out(made(backbone, early, Asked(1, "rollout", rank=2)), 1)] == [800]
 
 
+def test_a_release_stays_what_its_makers_say(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
+) -> None:
+    """Its licence holds for what was refined, and it is drawn at its own timesteps, in a rollout and afterwards."""
+    file, told = adapters.named(tiny_adapters, "tcd-1"), {"licence": "CC BY-NC 4.0", "spacing": "original"}
+    release = adapters.save(
+        tmp_path / "a.safetensors", adapters.load(file.path), replace(file.card, eta=0.3, recipe={**told, "sha256": ""})
+    )
+    objective = made(backbone, release, Asked(4, "rollout", rank=2))
+    run = Run(objective, RECIPE, tmp_path / "run")
+    card = refl.card(objective, run, "tcd-new", reward.Look(0, 0.0), {})
+    row = discover([release._replace(card=card)], backbone.network_sha256)["tcd-new"]
+    assert (row.licence, row.spacing, row.eta) == ("CC BY-NC 4.0", "original", 0.3)
+    assert [t for _, t, _, _ in rolled_out(objective, 4)] == backbone.schedule.timesteps(4, "original")
+
+
 def rolled_out(objective: Refinement, steps: int) -> list[tuple[Tensor, int, Tensor, Tensor]]:
     """(x_t, t, x0, eps) of each estimate of the first rollout that takes so many."""
     seen: list[tuple[Tensor, int, Tensor, Tensor]] = []

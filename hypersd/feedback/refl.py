@@ -95,6 +95,7 @@ class Refinement(distill.Distillation):
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
         self.start = min(self.start, parent.card.start)
+        self.inherited = distill.inherited(parent.card, *distill.ORIGIN, "spacing")
         self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
