@@ -504,8 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f" ({error.filename})" if error.filename else ""
         print(f"hypersd: {error.strerror or error}{place}; what was saved before stands", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hypersd: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # with a sentence, where a training says how far it came
+        print(f"hypersd: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

@@ -32,11 +32,10 @@ from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
-from hypersd.generate import denoise
-from hypersd.methods import Stage
+from hypersd.generate import denoise, grid, trajectory
+from hypersd.methods import Stage, as_made
 from hypersd.methods.tcd import trajectories
 from hypersd.records import Adapter, InputError, Problem, Request
-from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step, processes
 
 MODES = ("reuse", "rollout")
@@ -87,7 +86,7 @@ class Refinement(distill.Distillation):
             InputError: the parent is of a method that is not known, or of another base, or has learned from feedback
                 with another rank; no reward is given.
         """
-        method = distill.find(parent.card.method)
+        method = as_made(distill.find(parent.card.method), parent.card)
         if not rewards and not structure:
             raise InputError("no reward is given, so there is nothing to refine for")
         stage = Stage(segments=parent.card.segments, offset_noise=0.0)
@@ -95,6 +94,8 @@ class Refinement(distill.Distillation):
                          replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed)  # fmt: skip
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
+        self.start = min(self.start, parent.card.start)
+        self.inherited = distill.inherited(parent.card, *distill.ORIGIN, "spacing")
         self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
@@ -164,14 +165,16 @@ class Refinement(distill.Distillation):
         """
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
-        jumps = self.schedule.jumps(self.asked.steps)
+        jumps = grid(self.schedule, self.method, self.asked.steps, self.start)
         last = int(torch.randint(len(jumps), (), generator=Step(step.index, step.recipe).generator("rollout")))
-        for number, (t, s) in enumerate(jumps[: last + 1]):
+        noises = (step.randn(f"rollout {n}", x_t.shape[1:])[:count].to(x_t) for n in range(len(jumps)))
+
+        def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
             where = torch.full((count,), t, device=x_t.device)
-            x0, eps = self.estimate("student", x_t, where, states, learn=number == last)
-            if number < last:
-                x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
-        return self.backbone.picture(x0), captions
+            return self.estimate("student", x_t, where, states, learn=t == jumps[last][0])
+
+        *_, taken = trajectory(self.schedule, self.method, jumps[: last + 1], x_t, estimate, noises.__next__)
+        return self.backbone.picture(taken.x0), captions
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -197,10 +200,10 @@ class Refinement(distill.Distillation):
     @torch.no_grad()
     def drawn(self, *, refined: bool = True) -> Tensor:
         """Latents of the prompts at the step count asked for, a noise of its own for each. [prompts, c, h, w]"""
-        row = replace(self.method, adapted=False, eta=self.parent.card.eta)
+        row = replace(self.method, adapted=False)
         with self.roles.wear(*(["parent", "student"] if refined else self._before)):
             return torch.cat([
-                denoise(self.backbone, Request(prompt, number, self.asked.steps, guidance=1.0), row).x
+                denoise(self.backbone, Request(prompt, number, self.asked.steps, guidance=1.0), row, start=self.start).x
                 for number, prompt in enumerate(self.settings.prompts)
             ])  # fmt: skip
 
