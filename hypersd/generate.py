@@ -1,10 +1,10 @@
-"""Request -> Panel: the only sampling loop."""
+"""Request -> Panel, by the only sampling loop, `trajectory`: trainers follow the same one on their own batches."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,42 @@ class Latents(NamedTuple):
     x: Tensor
     noise_sha256: str
     nfe: int
+
+
+class Taken(NamedTuple):
+    """A step of a trajectory that was taken from timestep t: what the network saw there, and the latent it led to."""
+
+    t: int
+    x0: Tensor
+    eps: Tensor
+    x: Tensor
+
+
+def _none() -> Tensor:
+    raise AssertionError("a method with eta 0 takes no fresh noise")
+
+
+def grid(schedule: Schedule, method: Method, steps: int, start: int | None = None) -> list[tuple[int, int]]:
+    """(t, s) of every step that a drawing by the method takes; one alone begins at `start`, if given."""
+    jumps = schedule.jumps(steps, method.spacing)
+    if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)
+        return [(min(start, len(schedule) - 1), FINAL)]
+    return jumps
+
+
+def trajectory(
+    schedule: Schedule,
+    method: Method,
+    jumps: Sequence[tuple[int, int]],
+    x_t: Tensor,
+    estimate: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    noise: Callable[[], Tensor] = _none,
+) -> Iterator[Taken]:
+    """From x_t [batch, c, h, w] along the jumps, step by step; `estimate` finds (x0, eps) in a latent at a timestep."""
+    for t, s in jumps:
+        x0, eps = estimate(x_t, t)
+        x_t = method.step(schedule, x_t, x0, eps, t, s, method.eta, noise)
+        yield Taken(t, x0, eps, x_t)
 
 
 def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnStep = None) -> Panel:
@@ -148,7 +184,8 @@ def denoise(
     that is told the scale, as FLUX's, is called once. One step begins at the timestep `start`, where it is not given at
     the one that the adapter was trained for. Under `nag` the network is asked once a step.
     """
-    schedule, g, eta = _schedule(backbone, request, method), _guidance(request, method), _eta(request, method)
+    schedule, g = _schedule(backbone, request, method), _guidance(request, method)
+    method = replace(method, eta=_eta(request, method))
     adapter = method.adapter(request.steps)
     guided = g > 1 and not backbone.tells_guidance
     states = backbone.guided(
@@ -157,27 +194,25 @@ def denoise(
     states = backbone.sized(states, method.smaller)
     x_t, noise_sha256 = backbone.noise(request.seed, method.smaller)
     fresh_noise = _noise_after(x_t, request.seed)
-    nfe = 0
-    jumps = schedule.jumps(request.steps, method.spacing)
+    jumps = grid(schedule, method, request.steps, adapter.card.start if start is None and adapter else start)
     if method.sigma_start:
         x_t = x_t * schedule.level(jumps[0][0]).sigma.to(x_t)
-    if start is None and adapter:
-        start = adapter.card.start
-    if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)
-        jumps = [(min(start, len(schedule) - 1), FINAL)]
-    for index, (t, s) in enumerate(jumps):
+
+    def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         network_input = torch.cat([x_t, x_t]) if guided else x_t
         with _away(backbone, request, method):
             output = backbone.predict(network_input, t, states, adapter)
-        nfe += len(network_input)
         if guided:  # arXiv:2207.12598, eq. 6
             unconditional, conditional = output.chunk(2)
             output = unconditional + g * (conditional - unconditional)
-        x0, eps = schedule.split(output, x_t, t)
-        x_t = method.step(schedule, x_t, x0, eps, t, s, eta, fresh_noise)
+        return schedule.split(output, x_t, t)
+
+    for index, taken in enumerate(trajectory(schedule, method, jumps, x_t, estimate, fresh_noise)):
+        x_t = taken.x
         if on_step is not None:
-            on_step(StepInfo(index, len(jumps), t, schedule.clean(x0, eps, t), partial(_decoded, backbone)))
-    return Latents(x_t, noise_sha256, nfe)
+            clean = schedule.clean(taken.x0, taken.eps, taken.t)
+            on_step(StepInfo(index, len(jumps), taken.t, clean, partial(_decoded, backbone)))
+    return Latents(x_t, noise_sha256, len(jumps) * (2 if guided else 1))
 
 
 def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:

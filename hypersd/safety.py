@@ -25,7 +25,6 @@ back what is harmless. Who opens a model to the world still has to look at what 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -34,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hypersd.hub import again, digest, fetched
 from hypersd.records import InputError
 
 if TYPE_CHECKING:
@@ -165,13 +165,11 @@ def load(folder: Path | None = None, device: str = "cpu") -> Checker:
 
 def _fetched() -> Path:
     """Folder of the hub's checker, in the hub's cache; its weights are the published ones."""
-    from huggingface_hub import hf_hub_download
-
-    config, weights = (Path(hf_hub_download(SOURCE, f"safety_checker/{name}")) for name in ("config.json", WEIGHTS))
-    with weights.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != SHA256:
-            raise InputError(f"{weights} is not the safety checker that was published; delete it and start again")
-    return config.parent
+    paths = [f"safety_checker/{name}" for name in ("config.json", WEIGHTS)]
+    weights = fetched(SOURCE, paths, "name the folder of a copy in HYPERSD_SAFETY") / paths[1]
+    if digest(weights) != SHA256:
+        raise InputError(f"{weights} is not the safety checker that was published; {again(weights)}")
+    return weights.parent
 
 
 class Filter:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypersd.folders import read_tensors
+from hypersd.hub import fetched
 from hypersd.records import InputError
 
 CLIP_MEAN, CLIP_SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -359,8 +360,5 @@ def _place(row: Published, repository: str, file: str) -> Path:
         here = Path(above) / row.name / (file or repository.rpartition("/")[2])
         if here.exists():
             return here
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if file:
-        return Path(hf_hub_download(repository, file))
-    return Path(snapshot_download(repository, allow_patterns=WHOLE))
+    instead = f"put its weights ({row.gigabytes:g} GB, {row.licence}) into a folder {row.name} and name the one above"
+    return fetched(repository, [file] if file else WHOLE, f"{instead} in HYPERSD_SCORES") / file

@@ -8,12 +8,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import liking
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from judged import Thumbnails
@@ -183,18 +185,6 @@ def test_what_is_judged_is_drawn_as_the_app_draws_it(
         torch.testing.assert_close(objective.drawn(refined=refined), drawn, rtol=1e-3, atol=1e-3)
 
 
-def test_what_is_made_of_a_release_is_its_makers_still(
-    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
-) -> None:
-    parent = published(adapters.named(tiny_adapters, "lcm-1"), tmp_path)
-    run = Run(objective := made(backbone, parent), RECIPE, tmp_path / "run")
-    card = refl.card(objective, run, "lcm-new", reward.Look(1, 0.0), {})
-    assert card.recipe["release"] == "its/makers" and card.recipe["parent"] == parent.sha256
-    new = AdapterFile(tmp_path / "new.safetensors", "", card)
-    row = discover([new], backbone.network_sha256)["lcm-new"]
-    assert (row.licence, row.spacing) == ("OpenRAIL", "original")
-
-
 def test_a_parent_of_another_base_is_refused(backbone: Backbone, parent: AdapterFile) -> None:
     other = parent._replace(card=replace(parent.card, base_sha256="0" * 64))
     with pytest.raises(InputError, match=r"another base than tiny; .* distill tscd --begin .*tscd-4.safetensors"):
@@ -270,6 +260,65 @@ def test_reuse_takes_no_further_call(
         list(objective.losses(Step(0, RECIPE)))
     assert counts["with gradient"] == calls[0]
     assert counts["without gradient"] == 2 if calls[1] else 2 <= counts["without gradient"] <= 5
+
+
+@pytest.mark.parametrize("method", ["tscd", "hyper", "lcm"])
+def test_a_rollout_goes_where_the_student_is_drawn(method: str, tmp_path: Path) -> None:
+    """On a base whose own grid is another one: the same stops, with fresh noise at each where the method takes any."""
+    backbone, stops = Backbone.load(tiny.build_xl(tmp_path / "model")), list[int]()
+    parent = tiny.adapters(backbone.folder, tmp_path, only=(method,))[-1]
+    row = discover([parent], backbone.network_sha256)[method]
+    denoise(backbone, Request("a cat", 0, 4), row, on_step=lambda info: stops.append(info.timestep))
+    seen = rolled_out(made(backbone, parent, Asked(4, "rollout", rank=2)), 4)
+    assert [t for _, t, _, _ in seen] == stops
+    for (_, _, x0, eps), (x_s, s, _, _) in pairwise(seen):
+        level = backbone.schedule.level(s)
+        noise = (x_s - level.alpha * x0) / level.sigma
+        alike = float(torch.corrcoef(torch.stack([noise.flatten(), eps.flatten()]))[0, 1])
+        assert alike > 0.999 if method == "tscd" else abs(alike) < 0.2
+
+
+def test_a_rollout_begins_where_the_parent_does(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
+) -> None:
+    file = adapters.named(tiny_adapters, "hyper-1")
+    early = adapters.save(tmp_path / "a.safetensors", adapters.load(file.path), replace(file.card, start=800))
+    assert [t for _, t, _, _ in rolled_out(made(backbone, early, Asked(1, "rollout", rank=2)), 1)] == [800]
+
+
+def test_a_release_stays_what_its_makers_say(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
+) -> None:
+    """Its licence holds for what was refined, and it is drawn at its own timesteps, in a rollout and afterwards."""
+    file, told = adapters.named(tiny_adapters, "tcd-1"), {"licence": "CC BY-NC 4.0", "spacing": "original"}
+    release = adapters.save(
+        tmp_path / "a.safetensors", adapters.load(file.path), replace(file.card, eta=0.3, recipe={**told, "sha256": ""})
+    )
+    objective = made(backbone, release, Asked(4, "rollout", rank=2))
+    run = Run(objective, RECIPE, tmp_path / "run")
+    card = refl.card(objective, run, "tcd-new", reward.Look(0, 0.0), {})
+    row = discover([release._replace(card=card)], backbone.network_sha256)["tcd-new"]
+    assert (row.licence, row.spacing, row.eta) == ("CC BY-NC 4.0", "original", 0.3)
+    assert [t for _, t, _, _ in rolled_out(objective, 4)] == backbone.schedule.timesteps(4, "original")
+
+
+def rolled_out(objective: Refinement, steps: int) -> list[tuple[Tensor, int, Tensor, Tensor]]:
+    """(x_t, t, x0, eps) of each estimate of the first rollout that takes so many."""
+    seen: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    estimate = objective.estimate
+
+    def watched(role: str, x_t: Tensor, t: Tensor, states: Tensor, *, learn: bool | None = None) -> Any:
+        x0, eps = estimate(role, x_t, t, states, learn=learn)
+        seen.append((x_t, int(t[0]), x0.detach(), eps.detach()))
+        return x0, eps
+
+    objective.estimate = watched  # type: ignore[method-assign]
+    for index in range(50):
+        seen.clear()
+        objective._rolled_out(Step(index, RECIPE), 4)
+        if len(seen) == steps:
+            break
+    return seen
 
 
 def test_only_the_feedback_learns(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
@@ -559,7 +608,7 @@ def test_an_instance_segmenter_of_transformers_gives_a_gradient(mask2former: Pat
 
 
 def test_a_segmenter_of_transformers_that_is_of_no_use_is_named(mask2former: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"cannot be loaded .* such as {structure.PUBLISHED}"):
+    with pytest.raises(InputError, match=f"nothing could not be fetched .* such as {structure.PUBLISHED}"):
         structure.load(str(tmp_path / "nothing"), "sd15")
     with pytest.raises(InputError, match="Linear is not taught masks and classes alone"):
         Instances(torch.nn.Linear(1, 1))

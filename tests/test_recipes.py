@@ -180,18 +180,6 @@ def test_another_file_than_the_published_one_is_refused(
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_cache_that_was_damaged_is_refused(theirs: dict[str, Path], tmp_path: Path) -> None:
-    """The hub's cache names a blob by the hash it was told; a blob of another content was damaged later."""
-    blob = tmp_path / "blobs" / ("ab" * 32)
-    blob.parent.mkdir()
-    blob.write_bytes(theirs["sdxl"].read_bytes())
-    link = tmp_path / "x.safetensors"
-    link.symlink_to(blob)
-    release = next(r for r in RELEASES if r.backbone == "sdxl" and not r.sha256)
-    with pytest.raises(adapters.AdapterError, match=r"delete .* and fetch it again"):
-        releases.fetch(release, "b", tmp_path / "lora", taken(link))
-
-
 def test_what_is_not_for_commerce_waits_for_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     from hypersd.__main__ import main
 

@@ -36,15 +36,13 @@ from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
-from hypersd.generate import denoise
-from hypersd.methods import METHODS, Method, Stage, discover
+from hypersd.generate import denoise, grid, trajectory
+from hypersd.methods import METHODS, Method, Stage, as_made, discover
 from hypersd.methods.base import Losses
 from hypersd.records import Adapter, InputError, Problem, Request, real_number, whole_number
-from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step, processes, sharding
 
 MODES = ("reuse", "rollout")
-MAKERS = ("licence", "spacing", "release")  # of a published LoRA's recipe: it holds for what is made of it, too
 RECIPE = Recipe(updates=200, batch=16, lr=2e-4, warmup=10, cooldown=50, weight_decay=0.0, ema=0.95)
 EVERY, PATIENCE = 20, 4
 RANK = 8  # of a first turn's LoRA
@@ -98,18 +96,20 @@ class Refinement(distill.Distillation):
             InputError: the parent is of a method that is not known, or of another base, or has learned from feedback
                 with another rank; no reward is given; structure is asked of a parent or of data without any.
         """
-        method = distill.find(parent.card.method)
+        method = as_made(distill.find(parent.card.method), parent.card)
         if not rewards and not structure:
             raise InputError("no reward is given, so there is nothing to refine for")
-        self.row = row_of(parent, backbone)
+        check_base(parent, backbone)
         self.consistency = consistency(method)
         check_structure(asked, method, structure is not None and hasattr(data, structure.asks))
         super().__init__(
             backbone, data, replace(method, learners=("student",)), Stage(segments=parent.card.segments),
-            replace(settings, rank=asked.rank, prompts=tuple(prompts), start=parent.card.start), seed,
+            replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed,
         )  # fmt: skip
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
+        self.start = min(self.start, parent.card.start)
+        self.inherited = distill.inherited(parent.card, *distill.ORIGIN, "spacing")
         self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
@@ -196,14 +196,16 @@ class Refinement(distill.Distillation):
         """
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
-        jumps = self.schedule.jumps(self.asked.steps)
+        jumps = grid(self.schedule, self.method, self.asked.steps, self.start)
         last = int(torch.randint(len(jumps), (), generator=Step(step.index, step.recipe).generator("rollout")))
-        for number, (t, s) in enumerate(jumps[: last + 1]):
+        noises = (step.randn(f"rollout {n}", x_t.shape[1:])[:count].to(x_t) for n in range(len(jumps)))
+
+        def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
             where = torch.full((count,), t, device=x_t.device)
-            x0, eps = self.estimate("student", x_t, where, states, learn=number == last)
-            if number < last:
-                x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
-        return self.backbone.picture(x0), captions
+            return self.estimate("student", x_t, where, states, learn=t == jumps[last][0])
+
+        *_, taken = trajectory(self.schedule, self.method, jumps[: last + 1], x_t, estimate, noises.__next__)
+        return self.backbone.picture(taken.x0), captions
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -232,7 +234,7 @@ class Refinement(distill.Distillation):
 
         [prompts, c, h, w]
         """
-        row = replace(self.row, adapted=False)  # the network wears it already
+        row = replace(self.method, adapted=False)  # the network wears it already
         with self.roles.wear(*(["parent", "student"] if refined else self._before)):
             return torch.cat([
                 denoise(self.backbone, Request(prompt, number, self.asked.steps), row, start=self.start).x
@@ -240,15 +242,11 @@ class Refinement(distill.Distillation):
             ])  # fmt: skip
 
 
-def row_of(parent: AdapterFile, backbone: Backbone) -> Method:
-    """The row that the app draws a LoRA by.
-
-    Raises:
-        InputError: it has none, so that what is made of it would have none either.
-    """
+def check_base(parent: AdapterFile, backbone: Backbone) -> None:
+    """InputError if the app does not draw with a LoRA on this base, so that it would not with what is made of it."""
     row = discover([parent], backbone.network_sha256).get(parent.card.name)
     if row is not None and row.adapters:
-        return row
+        return
     if parent.card.base_sha256 != backbone.network_sha256:
         raise InputError(
             f"{parent.path.name} was trained on another base than {backbone.name}; train it again, beginning with it: "
@@ -344,9 +342,8 @@ def card(objective: Refinement, training: Run, name: str, look: Look, told: dict
         updates=look.step,
         data=objective.data.digest,
         commit=distill.commit(),
-        recipe={**{key: parent.recipe[key] for key in MAKERS if key in parent.recipe},
-                **asdict(training.recipe), **objective.describe(), **told},
-    )  # fmt: skip
+        recipe={**asdict(training.recipe), **objective.describe(), **told},
+    )
 
 
 def added(*loras: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -177,14 +177,15 @@ class Look:
     value: float
 
 
-def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE, minutes: float | None = None) -> Look:
+def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE) -> Look:
     """Train, look every so many updates, and end with the averaged weights that measured highest `by` on the sheet.
 
     The start counts too, and of equals the first. Ends early after `patience` looks without a better one. Killed and
     started again it goes on, to the same end.
 
     Raises:
-        Problem: `minutes` were up before the end; or a measure was not finite.
+        Problem: a measure was not finite.
+        Stopped: a signal came.
     """
     file, best = run.folder / LOOKS, run.folder / "best.safetensors"
     looks = _of_first([look for look in looks_in(run.folder) if look.step <= run.step])
@@ -204,10 +205,7 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
         behind = sum(look.step > chosen.step for look in looks)
         if run.step >= run.recipe.updates or behind >= patience:
             break
-        if not run.advance(until=(run.step // every + 1) * every, minutes=minutes):
-            raise Problem(
-                f"{run.folder.name}: {run.step} updates done, time is up; run the same command again to go on"
-            )
+        run.advance(until=(run.step // every + 1) * every)
     run.processes.wait_for_everyone()
     _load(run, best)
     return chosen

@@ -30,7 +30,9 @@ from hypersd.checkpoint import sha256
 from hypersd.emoji import artwork
 from hypersd.emoji.autoencoder import to_float
 from hypersd.folders import read_tensors
+from hypersd.hub import fetched
 from hypersd.records import InputError
+from hypersd.scores import WHOLE
 from hypersd.train import Recipe, Run, Step
 
 SIDE = 64  # pixels
@@ -238,13 +240,12 @@ def load(place: str, backbone: str) -> Structure:
         raise InputError("models of transformers tell objects apart with scipy; install it: pip install scipy")
     from transformers import AutoModelForUniversalSegmentation
 
+    advice = f"choose a Mask2Former or MaskFormer of transformers, in a folder or on the hub, such as {PUBLISHED}"
+    source = folder if folder.is_dir() else fetched(place, WHOLE, advice)
     try:
-        model = AutoModelForUniversalSegmentation.from_pretrained(place)
-    except Exception as error:  # transformers, the hub and safetensors raise anything
+        model = AutoModelForUniversalSegmentation.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise InputError(
-            f"the segmenter {place} cannot be loaded ({reason}); choose {OWN} for the embedded model, for others a "
-            f"Mask2Former or MaskFormer of transformers, from a folder or the hub, such as {PUBLISHED}"
-        ) from error
+        raise InputError(f"the segmenter {place} cannot be loaded ({reason}); {advice}") from error
     side = getattr(model.config, "image_size", 384)
     return Instances(model, side if isinstance(side, int) else 384)
