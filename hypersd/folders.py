@@ -424,6 +424,17 @@ def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
         raise ModelError(f"the decoder {place} cannot be loaded ({reason}); leave it out, or give a folder") from error
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a safetensors file. Raises ModelError: it cannot be read, or is cut off."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(f"{path} cannot be read ({type(problem).__name__}); copy or make it again") from problem
+
+
 @contextmanager
 def _explained(folder: Path, name: str, part: str) -> Iterator[None]:
     """Any of the errors that both libraries raise, from KeyError to SafetensorError, as a ModelError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,13 @@ def test_pictures_get_a_gradient_and_weights_do_not(load: Any, name: str) -> Non
     scorer(x, PROMPTS).sum().backward()
     assert x.grad is not None and float(x.grad.abs().sum()) > 0
     assert not any(p.requires_grad for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("name", scores.PUBLISHED)
+def test_a_score_comes_to_where_the_pictures_are(load: Any, name: str) -> None:
+    with suppress(RuntimeError):  # transformers looks at the values of a mask, and here there are none
+        assert load(name)(pictures().to("meta"), PROMPTS).device.type == "meta"
+    assert {weight.device.type for weight in load(name).parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", scores.PUBLISHED)

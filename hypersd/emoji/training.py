@@ -79,6 +79,13 @@ class Masked:
         return torch.from_numpy(np.array(self._masks[[self._places[row] for row in rows.tolist()]])).float() / 255
 
 
+def tells(data: str | None) -> tuple[str, ...]:
+    """What `opener`'s data can be asked about its pictures' objects, known before it is opened."""
+    if data is None:
+        return ("masks",)
+    return ("masks", "instances") if (Path(data) / "annotations").is_dir() else ()
+
+
 def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked | Outlined]:
     """A function that opens training data for a backbone: a person's own, cached below `runs`, or the artwork.
 
@@ -86,7 +93,7 @@ def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked
     """
     if data is None:
         return lambda encoder: dataset(Path("runs/emoji"), encoder)
-    if (Path(data) / "annotations").is_dir():
+    if tells(data):
         coco = open_coco(Path(data))
         return lambda encoder: Outlined(shared(coco, encoder, runs / "data"), coco, encoder.picture_px)
     return lambda encoder: shared(open_source(data), encoder, runs / "data")

@@ -28,6 +28,7 @@ from hypersd import intervals, scores
 from hypersd.checkpoint import sha256
 from hypersd.emoji import scorer
 from hypersd.feedback.pairs import Preferences
+from hypersd.folders import read_tensors
 from hypersd.records import InputError, Problem
 from hypersd.train import Recipe, Run, Step
 
@@ -315,8 +316,8 @@ class Trained:
         """Raises InputError: there is no reward model in `folder`; ArtworkError: it is of another text encoder."""
         try:
             self.card = Card(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-            head = load_file(folder / "head.safetensors")["weight"]
-        except (OSError, ValueError, TypeError) as error:
+            head = read_tensors(folder / "head.safetensors")["weight"]
+        except (OSError, ValueError, TypeError, KeyError) as error:  # InputError is a ValueError
             raise InputError(
                 f"there is no whole reward model in {folder} ({type(error).__name__}); "
                 "train one with: python -m hypersd reward"
