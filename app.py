@@ -20,15 +20,14 @@ NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPE
 def load() -> Any:
     from hypersd.backbone import Backbone
 
-    where, dtype = device()
     decoder, offload = os.environ.get("HYPERSD_DECODER", ""), os.environ.get("HYPERSD_OFFLOAD", "") == "1"
-    return Backbone.load(NAME, device=where, dtype=dtype, engine=ENGINE, decoder=decoder, offload=offload)
+    return Backbone.load(NAME, device=device(), dtype=None, engine=ENGINE, decoder=decoder, offload=offload)
 
 
-def device() -> tuple[str, Any]:
+def device() -> str:
     from hypersd.backbone import best_device
 
-    return best_device(NAME)
+    return best_device()
 
 
 if __name__ == "__main__":
@@ -39,7 +38,7 @@ if __name__ == "__main__":
     except InputError as problem:
         sys.exit(f"hypersd: {problem}")
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
-    filter = safety.of(NAME, (lambda: ("cpu", None)) if on_gpu else device)  # lent for drawing only
+    filter = safety.of(NAME, (lambda: "cpu") if on_gpu else device)  # lent for drawing only
     engine = Engine(load, methods, on_gpu, filter=filter)
     if on_gpu:
         engine.load_now()

@@ -96,7 +96,7 @@ def fetch_arguments(parser: argparse.ArgumentParser) -> None:
 def fetch_command(given: argparse.Namespace) -> None:
     from hypersd import releases
     from hypersd.adapters import beside
-    from hypersd.folders import denoiser_shapes, find_folder, network_sha256
+    from hypersd.folders import BACKBONES, denoiser_shapes, find_folder, network_sha256
     from hypersd.single import laid_out
 
     backbone = str(laid_out(given.backbone))
@@ -104,6 +104,8 @@ def fetch_command(given: argparse.Namespace) -> None:
     if not given.methods:
         for release in there:
             print(releases.describe(release, (out / f"{release.name}.safetensors").is_file()))
+        if given.backbone in BACKBONES:
+            print(f"with the base model: {BACKBONES[given.backbone].summary}")
         print(f"fetch some with: python -m hypersd fetch {given.backbone} {there[0].method}")
         return
     wanted = releases.chosen(backbone, given.methods)
@@ -115,13 +117,15 @@ def fetch_command(given: argparse.Namespace) -> None:
     if given.file and len(wanted) > 1:
         names = ", ".join(release.name for release in wanted)
         raise InputError(f"--file is one file, but {', '.join(given.methods)} are {len(wanted)}: {names}")
-    size = sum(release.megabytes for release in wanted)
-    print(f"{given.backbone} and {size} MB beside it, unless they are cached")
+    base = BACKBONES[given.backbone].summary if given.backbone in BACKBONES else given.backbone
+    print(
+        f"{base}, and {sum(release.megabytes for release in wanted)} MB beside it; what is cached is not fetched again"
+    )
     name, folder, _ = find_folder(backbone)
-    base, shapes = network_sha256(folder), denoiser_shapes(folder, name)
+    made_for, shapes = network_sha256(folder), denoiser_shapes(folder, name)
     for release in wanted:
         get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub
-        print(f"{releases.fetch(release, base, out, get, shapes).path}: {release.licence}", flush=True)
+        print(f"{releases.fetch(release, made_for, out, get, shapes).path}: {release.licence}", flush=True)
 
 
 def space_arguments(parser: argparse.ArgumentParser) -> None:
@@ -500,8 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f" ({error.filename})" if error.filename else ""
         print(f"hypersd: {error.strerror or error}{place}; what was saved before stands", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("hypersd: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # with a sentence, where a training says how far it came
+        print(f"hypersd: {str(stopped) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 

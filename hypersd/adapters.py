@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KEY = "hypersd"  # of the metadata entry that holds the Adapter as JSON
 PREFIX, FLOW_PREFIX = "unet.", "transformer."  # diffusers says which part of a pipeline a LoRA is for
 KOHYA = "lora_unet_"
+# Where the layers of a UNet lie; a transformer has none of these.
+UNET = ("conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks")
 
 
 class AdapterError(InputError):
@@ -114,8 +116,10 @@ def load(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as problem:
         raise AdapterError(f"{path.name} cannot be read ({type(problem).__name__}); copy it again") from problem
+    if any(key.startswith(KOHYA) for key in tensors):
+        tensors = _scaled(tensors)
     if any(re.search("(double|single)_blocks", key) for key in tensors):
-        tensors = _flux_renamed(path)
+        tensors = _flux_renamed(tensors, path)
     adapter = (
         _from_kohya(tensors, path) if any(k.startswith(KOHYA) for k in tensors) else _from_diffusers(tensors, path)
     )
@@ -170,35 +174,80 @@ def _from_diffusers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     return adapter
 
 
-def _flux_renamed(path: Path) -> dict[str, Tensor]:
+def _flux_renamed(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """FLUX's own names, in which queries, keys and values are one layer, as diffusers' names and layers."""
     from diffusers import FluxPipeline
 
     try:
-        tensors: dict[str, Tensor] = FluxPipeline.lora_state_dict(str(path), local_files_only=True)
+        found: dict[str, Tensor] = FluxPipeline.lora_state_dict(tensors)
     except Exception as problem:  # diffusers raises anything from KeyError to its own
         raise AdapterError(f"{path.name} is no LoRA of FLUX that can be read ({type(problem).__name__})") from problem
-    return tensors
+    own = (FLOW_PREFIX, "text_encoder.")  # it leaves layers outside of the blocks without
+    return {key if key.startswith(own) else f"{FLOW_PREFIX}{key}": tensor for key, tensor in found.items()}
+
+
+def _scaled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """kohya's tensors in float32, alpha / rank multiplied in and left out; without an alpha the scale is 1."""
+    scaled = {key: tensor.float() for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    for key, alpha in tensors.items():
+        stem = key.removesuffix(".alpha")
+        up, down = (scaled.get(f"{stem}.lora_{half}.weight") for half in ("up", "down"))
+        if key != stem and up is not None and down is not None and down.dim():
+            up *= float(alpha) / len(down)
+    return scaled
 
 
 def _from_kohya(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Their names join a layer's path by underscores; the dots are found again in the module names of a real UNet.
+    """Their names join a layer's path by underscores; the dots are found again in the module names of a real network.
 
-    Without an alpha the scale is 1.
+    Stable Diffusion 3's own names are read too, in which queries, keys and values are one layer. Where its last
+    modulations have shift and scale, diffusers has scale and shift.
     """
-    adapter, alphas = {}, {k: t for k, t in tensors.items() if k.endswith(".alpha")}
+    adapter: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         stem, _, end = key.partition(".")
         half = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}.get(end)
-        if not stem.startswith(KOHYA) or (half is None and end != "alpha"):  # text encoders; LoHa, DoRA and others
+        if not stem.startswith(KOHYA) or not half:  # text encoders; LoHa, DoRA and others
             raise AdapterError(f"{path.name} is not a LoRA of a UNet alone: it holds {key}")
-        if half:
-            adapter[f"{_dotted(stem.removeprefix(KOHYA))}.{half}"] = tensor.float()
-    for key, alpha in alphas.items():
-        name = _dotted(key.removesuffix(".alpha").removeprefix(KOHYA))
-        if f"{name}.lora_A" in adapter and f"{name}.lora_B" in adapter:
-            adapter[f"{name}.lora_B"] *= float(alpha) / len(adapter[f"{name}.lora_A"])
+        layers = _layers(stem.removeprefix(KOHYA))
+        shared = half == "lora_A" or len(layers) == 1
+        parts = [tensor] * len(layers) if shared else tensor.tensor_split(len(layers))
+        adapter |= {f"{layer}.{half}": part for layer, part in zip(layers, parts, strict=True)}
+    for name, up in adapter.items():
+        layer, half = name.rsplit(".", 1)
+        down = adapter.get(f"{layer}.lora_A", up)
+        swaps = half == "lora_B" and layer.endswith(_SCALE_FIRST) and up.dim() == down.dim() == 2
+        if swaps and len(up) == 2 * down.shape[1]:
+            adapter[name] = up.roll(len(up) // 2, 0)
     return adapter
+
+
+# Layers of Stable Diffusion 3, Stability's names and diffusers': of a block, for the picture and for the text.
+_JOINT = {
+    "attn_qkv": ("attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"),
+    "attn_proj": ("attn.to_out.0", "attn.to_add_out"),
+    "mlp_fc1": ("ff.net.0.proj", "ff_context.net.0.proj"), "mlp_fc2": ("ff.net.2", "ff_context.net.2"),
+    "adaLN_modulation_1": ("norm1.linear", "norm1_context.linear"),
+}  # fmt: skip
+_OUTSIDE_JOINT = {
+    "x_embedder_proj": "pos_embed.proj", "context_embedder": "context_embedder", "final_layer_linear": "proj_out",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+}  # fmt: skip
+_SCALE_FIRST = ("norm_out.linear", "norm1_context.linear")  # the latter in the last block, where it has these two only
+
+
+def _layers(name: str) -> list[str]:
+    """diffusers' layers for one of kohya's names."""
+    if name in _OUTSIDE_JOINT:
+        return [_OUTSIDE_JOINT[name]]
+    found = re.fullmatch(r"joint_blocks_(\d+)_(x|context)_block_(.+)", name)
+    if found and found[3] in _JOINT:
+        return [f"transformer_blocks.{found[1]}.{end}" for end in _JOINT[found[3]][found[2] == "context"].split()]
+    return [_dotted(name)]
 
 
 _WORDS = (  # of a UNet's module names that hold underscores themselves
@@ -253,17 +302,20 @@ def save(path: Path, adapter: dict[str, Tensor], card: Adapter, *, kohya: bool =
     """Write fp16 safetensors for diffusers' `load_lora_weights`, or for ComfyUI and A1111; whole or not at all.
 
     Raises:
-        AdapterError: a tensor is not finite, or the disk is full or read-only. An older file of that name stays.
+        AdapterError: a tensor is not finite, or the disk is full or read-only, or it is a transformer's and `kohya` is
+            asked for. An older file of that name stays.
     """
     import torch
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    prefix = PREFIX if any(name.startswith(UNET) for name in adapter) else FLOW_PREFIX
+    if kohya and prefix == FLOW_PREFIX:
+        raise AdapterError(f"{path.name} was not written: kohya's names are for UNets; save it in diffusers'")
     for name, tensor in adapter.items():
         half = tensor.detach().to(torch.float16).contiguous().cpu()
         if not half.isfinite().all():
             raise AdapterError(f"{name} is not finite in half precision; {path.name} was not written")
-        prefix = FLOW_PREFIX if re.match(r"(single_)?transformer_blocks\.", name) else PREFIX
         tensors |= _kohya_named(name, half) if kohya else {f"{prefix}{name}.weight": half}
     with staged(path) as staging:
         save_file(tensors, staging, metadata=metadata(card))

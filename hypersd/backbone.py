@@ -43,6 +43,7 @@ class Backbone:
     trainable = True
     tells_guidance = False  # whether the network is told the scale of guidance, instead of being called twice
     spares_memory = False  # whether a full GPU made it
+    half = torch.float16  # what it is drawn in on a GPU
 
     def __init__(
         self, name: str, folder: Path, licence: str, parts: dict[str, Any], schedule: Schedule, engine: str = "torch"
@@ -72,21 +73,22 @@ class Backbone:
         name_or_folder: str | Path,
         *,
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         engine: str = "torch",
         decoder: str = "",
         offload: bool = False,
     ) -> Backbone:
         """A preset of BACKBONES by name, any folder that diffusers wrote of a pipeline in CLASSES, or a single file.
 
-        Only a hub preset may use the network, and only for what is not in the local cache yet. `engine` is what
-        draws, one of ENGINES: "openvino" takes some seconds to compile and is for drawing only. `decoder` is "quick"
-        or a folder, for a small decoder that draws a little less well; with `offload` the text encoders and the
-        decoder visit the device only while they work, which leaves room for the network.
+        Only a hub preset may use the network, and only for what is not in the local cache yet. Without a `dtype` it is
+        the model's half precision on a GPU, float32 elsewhere. `engine` is what draws, one of ENGINES: "openvino" takes
+        some seconds to compile and is for drawing only. `decoder` is "quick" or a folder, for a small decoder that
+        draws a little less well; with `offload` the text encoders and the decoder visit the device only while they
+        work, which leaves room for the network.
 
         Raises:
             ModelError: no such model, or a file of it is missing, truncated or damaged.
-            InputError: no such engine, or it is not installed, or not for this device or dtype.
+            InputError: no such engine, or not for this device or dtype, or not installed; or the GPU is too small.
         """
         if engine not in ENGINES:
             raise InputError(f"the engine must be one of {', '.join(ENGINES)}, got {engine[:40]!r}")
@@ -94,12 +96,15 @@ class Backbone:
             raise InputError(f"the {engine} engine brings its own decoder; leave one of the two out")
         name, folder, licence = folders.find_folder(laid_out(name_or_folder))
         folders.check_folder(folder, name)
+        family = CLASSES[folders.read_json(folder, name, "model_index.json")["_class_name"]]
+        dtype = dtype or (torch.float32 if device == "cpu" else family.half)
         parts = folders.load_parts(folder, name, dtype)
         about = folders.parts(folder, name)
-        for part in about:
-            parts[part].to(device if about[part].denoiser or not offload else "cpu")
-        kind = folders.read_json(folder, name, "model_index.json")["_class_name"]
-        family = CLASSES[kind]
+        try:
+            for part in about:
+                parts[part].to(device if about[part].denoiser or not offload else "cpu")
+        except torch.cuda.OutOfMemoryError as problem:
+            raise no_room(name) from problem
         schedule = family.trajectory(folders.read_json(folder, name, "scheduler/scheduler_config.json"), parts)
         made = family(name, folder, licence, parts, schedule, engine)
         if decoder:
@@ -200,6 +205,8 @@ class Backbone:
             self.decoder.enable_tiling()
             self.decoder.tile_sample_min_size //= 2  # which is a whole picture
             self.decoder.tile_latent_min_size //= 2
+            if self.decoder.tile_latent_min_size % 4:  # a quarter of it, by which tiles overlap, has to be whole
+                self.decoder.tile_overlap_factor = 0.5
             self.spares_memory = True
         torch.cuda.empty_cache()
 
@@ -401,6 +408,7 @@ class Flux(StableDiffusion3):
     """FLUX.1: patches of 2 x 2 latents as tokens, and guidance that the network is told. Drawn with only."""
 
     tells_guidance = True
+    half = torch.bfloat16  # float16 overflows in it
     reads = 512
 
     @staticmethod
@@ -462,13 +470,17 @@ CLASSES: dict[str, type[Backbone]] = {
 
 def load_best(name_or_folder: str | Path, engine: str = "torch") -> Backbone:
     """A model where and as it draws best on this machine. Raises as `Backbone.load` does."""
-    device, dtype = best_device(str(name_or_folder)) if engine == "torch" else ("cpu", torch.float32)
-    return Backbone.load(name_or_folder, device=device, dtype=dtype, engine=engine)
+    device = best_device() if engine == "torch" else "cpu"
+    return Backbone.load(name_or_folder, device=device, dtype=None, engine=engine)
 
 
-def best_device(name: str) -> tuple[str, torch.dtype]:
-    """Where to draw with a model, and in which numbers: on a GPU in half precision if there is one."""
-    if not torch.cuda.is_available():
-        return "cpu", torch.float32
-    preset = folders.BACKBONES.get(name)
-    return "cuda", getattr(torch, preset.half) if preset else torch.float16
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def no_room(name: str) -> InputError:
+    """For when a model does not fit into the GPU's memory."""
+    return InputError(
+        f"the GPU has too little memory for {name}; end other programs on it, choose a smaller model, or "
+        "hide the GPU to draw on the CPU: CUDA_VISIBLE_DEVICES= python app.py"
+    )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hypersd import folders, intervals
 from hypersd.adapters import beside, found
-from hypersd.backbone import Backbone, load_best
+from hypersd.backbone import Backbone, best_device, load_best
 from hypersd.folders import BACKBONES
 from hypersd.generate import draw
 from hypersd.methods import Method, discover, find
@@ -81,7 +81,9 @@ def run(
         "median_seconds": {label: statistics.median(values) for label, values in taken.items()},
         "ratios": {row.name: {"title": row.title, "good": row.good, **_ratio(row, taken)} for row in rows},
         "votes_per_second": votes() if votes else None,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "peak_memory_gb": _peak_bytes() / 1e9,
+        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
 
 
@@ -94,10 +96,15 @@ def in_turn(work: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, 
         number = len(taken[label])
         started = time.perf_counter()
         work[label](number)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # else it has only been asked for
+        _finish()
         taken[label].append(time.perf_counter() - started)
     return taken
+
+
+def _finish() -> None:
+    """Wait for what a GPU has only been asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _ratio(row: Row, taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -309,11 +316,12 @@ def _processor() -> str:
 
 def gigaflops(repeats: int = 20) -> float:
     """What a product of two matrices reaches here, in GFLOP/s: whether the machine was the same before and after."""
-    a, b = torch.ones(2, SIDE, SIDE)
+    a, b = torch.ones(2, SIDE, SIDE, device=best_device())
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()
         torch.mm(a, b)
+        _finish()
         taken.append(time.perf_counter() - started)
     return 2 * SIDE**3 / statistics.median(taken) / 1e9
 
@@ -341,7 +349,8 @@ def table(content: Mapping[str, Any]) -> str:
     lines += [f"{label:<48} {value:8.3f} s" for label, value in seconds.items()]
     if content.get("votes_per_second"):
         lines.append(f"{'votes that the study takes':<48} {content['votes_per_second']:6.0f}   a second")
-    return "\n".join([*lines, f"{'memory at its peak':<48} {content['peak_memory_gb']:8.3f} GB"])
+    peaks = {"memory at its peak": content["peak_memory_gb"], "the GPU's at its peak": content["peak_gpu_memory_gb"]}
+    return "\n".join([*lines, *(f"{label:<48} {peak:8.3f} GB" for label, peak in peaks.items() if peak)])
 
 
 def publish(folder: Path, backbone: str, *names: str) -> None:
@@ -379,5 +388,5 @@ def plot(content: Mapping[str, Any], target: Path) -> None:
     axes.errorbar(values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set(yticks=places, yticklabels=[row["title"] for row in rows], xlabel="times as long")
-    axes.set_title(content["machine"]["processor"], fontsize="small")
+    axes.set_title(content["machine"]["gpu"] or content["machine"]["processor"], fontsize="small")
     figure.savefig(target, dpi=110, format="png")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from hypersd import __version__, adapters, adversary, methods
 from hypersd.backbone import Backbone
-from hypersd.generate import denoise
+from hypersd.generate import denoise, grid, trajectory
 from hypersd.methods import METHODS, Method, Stage
 from hypersd.methods.base import Places
 from hypersd.network import call
@@ -38,7 +38,7 @@ from hypersd.records import Adapter, InputError, Request, real_number, whole_num
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
 from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, RecipeChanged, Run, Step, differences, mixed, processes
+from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step, differences, mixed, processes
 
 SHEET_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50  # of the pictures that students are measured against
@@ -86,6 +86,7 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
 }
 JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
 EMPTY = 0.1  # share of empty captions where guidance is kept, as the base models were trained with
+ORIGIN = ("licence", "release")  # in a card's recipe: what holds of all that begins with the file, too
 BEGINNINGS, MOST = 0.5, 8  # share of score distillation that starts from noise alone; steps whose places get the rest
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
@@ -118,8 +119,7 @@ class Distillation:
         self, backbone: Backbone, data: Data, method: Method, stage: Stage, settings: Settings, seed: int = 0
     ) -> None:
         assert method.losses is not None, "find() gives methods that are trained"
-        if method.keeps_guidance:
-            settings = replace(settings, guidance=(1.0, 1.0))
+        settings = own_settings(method, settings)
         self.backbone, self.data, self.method, self.stage, self.settings = backbone, data, method, stage, settings
         self.schedule = backbone.schedule
         last = len(self.schedule) - 1
@@ -135,6 +135,7 @@ class Distillation:
             self.roles.add(role, rank=settings.rank)
         self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
         self.start_sha256 = ""
+        self.inherited: dict[str, str] = {}
 
     def start_from(self, file: adapters.AdapterFile, *, chosen: bool = False) -> None:
         """Begin with the LoRA of an earlier stage, or of anybody.
@@ -153,6 +154,7 @@ class Distillation:
         for role in ("student", "ema"):
             self.roles[role].load_adapter(adapters.load(file.path))
         self.start_sha256 = file.sha256
+        self.inherited = inherited(file.card, *ORIGIN)
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {role: self.roles[role] for role in self.method.learners}
@@ -166,12 +168,11 @@ class Distillation:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "method": self.method.name,
-            "stage": asdict(self.stage),
-            "settings": asdict(self.settings),
+            **chosen(self.method, self.stage, self.settings),
             "base_sha256": self.backbone.network_sha256,
             "data": self.data.digest,
             "start": self.start_sha256,
+            **self.inherited,
         }
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
@@ -239,18 +240,19 @@ class Distillation:
     def visits(self, step: Step) -> Places:
         at = self.beginnings(step)
         assert self._batch.latents is not None, "checked when the data was opened"
-        later = torch.tensor([t for t, _ in self.schedule.jumps(MOST)][1:])
+        later = torch.tensor([t for t, _ in grid(self.schedule, self.method, MOST)][1:])
         drawn = later[(step.uniform("visit") * len(later)).long()].to(at.t.device)
         t = torch.where(step.uniform("begin").to(at.t.device) < BEGINNINGS, at.t, drawn)
         x_t = self.schedule.diffuse(self._batch.latents.to(at.x_t.device), at.x_t, t)
         return at._replace(x_t=torch.where((t == at.t).view(-1, 1, 1, 1), at.x_t, x_t), t=t)
 
     def teacher_sample(self, at: Places, steps: int) -> Tensor:
-        x_t = at.x_t
-        for t, s in self.schedule.jumps(steps):
-            x0, eps = self.guided(x_t, torch.full_like(at.t, t), at.states)
-            x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
-        return x_t
+        def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+            return self.guided(x_t, torch.full_like(at.t, t), at.states)
+
+        base = METHODS["base"]
+        *_, last = trajectory(self.schedule, base, grid(self.schedule, base, steps), at.x_t, estimate)
+        return last.x
 
     def anywhere(self, x0: Tensor, step: Step, stream: str) -> tuple[Tensor, Tensor, Tensor]:
         low, high = (int(share * len(self.schedule)) for share in JUDGED)
@@ -363,6 +365,19 @@ def loader(backbone: str) -> Callable[[], Backbone]:
     return load
 
 
+def own_settings(method: Method, settings: Settings) -> Settings:
+    return replace(settings, guidance=(1.0, 1.0)) if method.keeps_guidance else settings
+
+
+def chosen(method: Method, stage: Stage, settings: Settings) -> dict[str, Any]:
+    """Of what decides a stage beside its recipe, all that is known before base and data are opened."""
+    return {"method": method.name, "stage": asdict(stage), "settings": asdict(own_settings(method, settings))}
+
+
+def inherited(card: Adapter, *names: str) -> dict[str, str]:
+    return {name: card.recipe[name] for name in names if name in card.recipe}
+
+
 def stage_recipe(recipe: Recipe, stage: Stage) -> Recipe:
     return replace(recipe, betas=ADVERSARIAL_BETAS) if stage.adversarial else recipe
 
@@ -399,15 +414,20 @@ def run(
     name = check_name(name or method.name, method)
     for folder in (runs, out):
         check_folder(folder)
+    labels = [f"{name}-{stage.segments}" if len(method.stages) > 1 else name for stage in method.stages]
+    for stage, label in zip(method.stages, labels, strict=True):
+        _check_recipe(out / f"{label}.safetensors", {**asdict(stage_recipe(recipe, stage)),
+                                                     **chosen(method, stage, settings)})  # fmt: skip
+    beginning = begin or _beginning(method, out)
     files: list[adapters.AdapterFile] = []
     started = time.monotonic()
-    for stage in method.stages:
-        label = f"{name}-{stage.segments}" if len(method.stages) > 1 else name
+    for stage, label in zip(method.stages, labels, strict=True):
         gc.collect()  # the last stage's network hangs in a circle of references
         backbone = load()
         data = check_data(open_data(backbone), recipe)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
-        if first := files[-1] if files else begin or _beginning(method, out):
+        if first := files[-1] if files else beginning:
+            tqdm.write(f"{label}: begins with {first.path}")
             objective.start_from(first, chosen=first is begin)
         if checkpointing:
             objective.roles.checkpointing()
@@ -429,12 +449,14 @@ def _beginning(method: Method, out: Path) -> adapters.AdapterFile | None:
     if not method.begins_with:
         return None
     fitting = [f for f in adapters.found(out) if (f.card.method, f.card.segments) == (method.begins_with, 1)]
-    if not fitting:
-        raise InputError(
-            f"{method.name} goes on from {method.begins_with}'s adapter for 1 segment, and there is none in {out}; "
-            f"train it first: python -m hypersd distill {method.begins_with}"
-        )
-    return fitting[0]
+    for file in fitting:
+        if file.card.name == method.begins_with:
+            return file
+    others = "".join(f"begin with another one, --begin {file.path.stem}, or " for file in fitting[:1])
+    raise InputError(
+        f"{method.name} goes on from {method.begins_with}'s adapter for 1 segment, and there is none of that name in "
+        f"{out}; {others}train it first: python -m hypersd distill {method.begins_with}"
+    )
 
 
 def _finish(
@@ -444,7 +466,11 @@ def _finish(
     if path.is_file() and (done := _finished(path, objective, recipe)):
         return done
     training = Run(objective, recipe, folder)
-    if not training.advance(minutes=minutes):
+    try:
+        in_time = training.advance(minutes=minutes)
+    except Diverged as problem:
+        raise Diverged(f"{problem}: --lr {recipe.lr / 2:g} --name {name}-slower") from problem
+    if not in_time:
         tqdm.write(f"{folder.name}: {training.step} of {recipe.updates} updates done; run this again to go on")
         return None
     if training.processes.is_main_process:
@@ -459,12 +485,21 @@ def _finished(path: Path, objective: Distillation, recipe: Recipe) -> adapters.A
     Raises:
         RecipeChanged: it was trained in another way.
     """
+    _check_recipe(path, {**asdict(recipe), **objective.describe()}, whole=True)
     file = adapters.inspect(path)
-    if differs := differences(file.card.recipe, {**asdict(recipe), **objective.describe()}):
-        raise RecipeChanged(
-            f"{path} was trained with another recipe ({differs}); go back to it, choose another --name, or delete it"
-        )
     return file if file.card.updates >= recipe.updates else None
+
+
+def _check_recipe(path: Path, now: dict[str, Any], *, whole: bool = False) -> None:
+    """RecipeChanged if a file is there that was trained in another way; `now` says all of it, or what is known."""
+    if not path.is_file():
+        return
+    there = adapters.inspect(path).card
+    if differs := differences({k: v for k, v in there.recipe.items() if whole or k in now}, now):
+        raise RecipeChanged(
+            f"{path} was trained with another recipe ({differs}); go back to it, or leave it where it is and choose "
+            f"another row or folder, such as --name {there.name}-new or --out runs/lora"
+        )
 
 
 def check_name(name: str, method: Method) -> str:

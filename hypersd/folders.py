@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hypersd.hub import REVISIONS, again, digest, fetched, place, told
 from hypersd.records import InputError
 
 if TYPE_CHECKING:
@@ -83,17 +84,14 @@ def tokenizer_of(part: str) -> str:
 class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
-    `revision` is the commit of the repository that is fetched, whatever its makers change later. `variant` is
-    "fp16" where the half-precision files are enough: they are half as long to fetch. `half` is in which half
-    precision it draws on a GPU. `quick` is a small decoder for its latents, on the hub.
+    `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch. `quick` is a small
+    decoder for its latents, on the hub.
     """
 
     source: str
     licence: str
     summary: str
-    revision: str = ""
     variant: str = ""
-    half: str = "float16"
     quick: str = ""
 
 
@@ -107,14 +105,12 @@ BACKBONES = {
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "CreativeML OpenRAIL-M",
         "Stable Diffusion 1.5, 512 px, 4 GB from the Hugging Face hub",
-        revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         quick="madebyollin/taesd",
     ),
     "sdxl": Preset(
         "stabilityai/stable-diffusion-xl-base-1.0",
         "CreativeML OpenRAIL++-M",
         "Stable Diffusion XL, 1024 px, 7 GB from the Hugging Face hub",
-        revision="462165984030d82259a11f4367a4eed129e94a7b",
         variant="fp16",
         quick="madebyollin/taesdxl",
     ),
@@ -122,15 +118,12 @@ BACKBONES = {
         "stabilityai/stable-diffusion-3-medium-diffusers",
         "Stability AI Community License, to be accepted on the hub",
         "Stable Diffusion 3 medium, 1024 px, 16 GB from the Hugging Face hub; for drawing only",
-        revision="ea42f8cef0f178587cf766dc8129abd379c90671",
         quick="madebyollin/taesd3",
     ),
     "flux": Preset(
         "black-forest-labs/FLUX.1-dev",
         "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
         "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
-        revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
-        half="bfloat16",
         quick="madebyollin/taef1",
     ),
 }
@@ -150,11 +143,16 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
         folder = Path(name)
         if not (name and _is_folder(folder)):
             raise ModelError(f"backbone must be one of {', '.join(BACKBONES)} or a model's folder, got {name[:80]!r}")
-        return folder.resolve().name, folder, "as stated by the model's maker"
+        return folder.resolve().name, folder, licence(name)
     preset = BACKBONES[name]
     if name == "emoji":
-        return name, Path(__file__).parent.parent / preset.source, preset.licence
-    return name, _fetch(name, preset), preset.licence
+        return name, Path(__file__).parent.parent / preset.source, licence(name)
+    return name, _fetch(name, preset), licence(name)
+
+
+def licence(name_or_folder: str) -> str:
+    preset = BACKBONES.get(name_or_folder)
+    return preset.licence if preset else "as stated by the model's maker"
 
 
 def measured(name_or_folder: str) -> Path:
@@ -170,7 +168,7 @@ def cached(name: str) -> Path | None:
     if name not in BACKBONES or name == "emoji":
         return None
     preset = BACKBONES[name]
-    file = try_to_load_from_cache(preset.source, "model_index.json", revision=preset.revision)
+    file = try_to_load_from_cache(preset.source, "model_index.json", revision=REVISIONS[preset.source])
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -183,20 +181,15 @@ def _is_folder(path: Path) -> bool:
 
 def _fetch(name: str, preset: Preset) -> Path:
     """The snapshot of a hub repository, downloaded where it is not cached; only the files that loading reads."""
-    from huggingface_hub import snapshot_download
-
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for part, about in {p: a for family in FAMILIES.values() for p, a in family.items()}.items():
         stem = f"{about.stem}.{preset.variant}" if preset.variant else about.stem
         wanted += [f"{part}/config.json", f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
         wanted += [f"{part}/{about.stem}.safetensors.index*.json"]
     try:
-        return Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        raise ModelError(
-            f"{name}: {preset.source} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
-            "check the network, or give the folder of a copy"
-        ) from error
+        return fetched(preset.source, wanted, "give the folder of a copy")
+    except InputError as problem:
+        raise ModelError(f"{name}: {problem}") from problem
 
 
 # ------------------------------------------------------------------------------------------------ is it whole
@@ -232,17 +225,18 @@ def check_folder(folder: Path, name: str) -> None:
     for file, size in expected:
         path = file.relative_to(folder).as_posix()
         if not file.is_file():
-            raise ModelError(f"{name}: {path} is missing; {remedy(name)}")
+            raise ModelError(f"{name}: {path} is missing; {remedy(name, file)}")
         if file.stat().st_size != size:
             found = f"{file.stat().st_size:,} bytes instead of {size:,}"
-            raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name)}")
+            raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name, file)}")
 
 
 def check_tokenizers(folder: Path, name: str) -> None:
     """Each text encoder has a tokenizer. Raises ModelError, which names the first that is missing."""
     for tokenizer in (tokenizer_of(part) for part in parts(folder, name) if part.startswith("text_encoder")):
-        if not any((folder / tokenizer / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-            raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name)}")
+        files = [folder / tokenizer / file for file in ("tokenizer.json", "vocab.json")]
+        if not any(file.is_file() for file in files):
+            raise ModelError(f"{name}: {tokenizer}/tokenizer.json is missing; {remedy(name, files[0])}")
 
 
 def weight_files(folder: Path, name: str, part: str, about: Part) -> list[Path]:
@@ -259,7 +253,7 @@ def weight_files(folder: Path, name: str, part: str, about: Part) -> list[Path]:
         if (folder / index).is_file():
             shards = read_json(folder, name, index).get("weight_map", {})
             return [folder / part / Path(file).name for file in sorted(set(shards.values()))]
-    raise ModelError(f"{name}: {part}/{about.stem}.safetensors is missing; {remedy(name)}")
+    raise ModelError(f"{name}: {part}/{about.stem}.safetensors is missing; {remedy(name, single)}")
 
 
 def _declared_bytes(file: Path, name: str) -> int:
@@ -267,9 +261,11 @@ def _declared_bytes(file: Path, name: str) -> int:
     try:
         return header(file).size
     except FileNotFoundError:
-        raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
+        raise ModelError(f"{name}: {path} is missing; {remedy(name, file)}") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: {path} is truncated or damaged (no readable header); {remedy(name)}") from error
+        raise ModelError(
+            f"{name}: {path} is truncated or damaged (no readable header); {remedy(name, file)}"
+        ) from error
 
 
 class Header(NamedTuple):
@@ -294,8 +290,8 @@ def header(file: Path) -> Header:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) == 8 and length > HEADER_MAX:
-            raise NoSafetensors
+        if length > HEADER_MAX:
+            raise NoSafetensors if len(start) == 8 else ValueError("cut short")
         text = stream.read(length)
     try:
         tensors: dict[str, Any] = json.loads(text)
@@ -311,11 +307,13 @@ def read_json(folder: Path, name: str, path: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{name}: {path} is missing; {remedy(name)}") from None
+        raise ModelError(f"{name}: {path} is missing; {remedy(name, folder / path)}") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: {path} cannot be read ({type(error).__name__}); {remedy(name)}") from error
+        raise ModelError(
+            f"{name}: {path} cannot be read ({type(error).__name__}); {remedy(name, folder / path)}"
+        ) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{name}: {path} holds no JSON object; {remedy(name)}")
+        raise ModelError(f"{name}: {path} holds no JSON object; {remedy(name, folder / path)}")
     return content
 
 
@@ -323,12 +321,14 @@ def _manifest(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder, name, MANIFEST) if (folder / MANIFEST).is_file() else {}
 
 
-def remedy(name: str) -> str:
-    """What to do about a damaged model."""
+def remedy(name: str, file: Path | None = None) -> str:
+    """What to do about a model that is damaged or not whole; `file` is the one that it is, where that is known."""
     if name == "emoji":
         return f"restore it with `git checkout -- {BACKBONES[name].source}`"
     if name in BACKBONES:
-        return "delete it from the Hugging Face cache and try again"
+        if file and not file.is_file():
+            return "fetch it while HF_HUB_OFFLINE is not set, or give the folder of a copy"
+        return again(file or place(BACKBONES[name].source))
     return "copy the model's folder again from where it came"
 
 
@@ -406,7 +406,8 @@ def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
     """A small decoder of TAESD's kind (AutoencoderTiny): `place` is "quick", for the preset's, or a folder.
 
     Raises:
-        ModelError: there is none for this model, it cannot be fetched, or not be read.
+        ModelError: there is none for this model, or it cannot be read.
+        InputError: it cannot be fetched.
     """
     from diffusers import AutoencoderTiny
 
@@ -414,12 +415,24 @@ def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
     known = preset.quick if preset else ""
     if place == "quick" and not known:
         raise ModelError(f"no quick decoder is known for {name}; give the folder of one instead of 'quick'")
-    source = known if place == "quick" else place
+    files = ("config.json", f"{DIFFUSERS}.safetensors")
+    folder = fetched(known, files, "leave the decoder out") if place == "quick" else Path(place)
     try:
-        return AutoencoderTiny.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+        return AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises its own, the hub's and the system's errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise ModelError(f"the decoder {source} cannot be loaded ({reason}); leave it out, or give a folder") from error
+        raise ModelError(f"the decoder {place} cannot be loaded ({reason}); leave it out, or give a folder") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All of a safetensors file. Raises ModelError: it cannot be read, or is cut off."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise ModelError(f"{path} cannot be read ({type(problem).__name__}); copy or make it again") from problem
 
 
 @contextmanager
@@ -496,12 +509,9 @@ def network_sha256(folder: Path) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """Of a file's content; the hub's cache names large files by it, and hashing gigabytes again would take seconds."""
-    blob = file.resolve().name
-    if file.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Of a file's content; of one in the hub's cache its name there, which `hub` checked when it came, for gigabytes
+    take seconds to hash: that the disk has changed it since is not seen."""
+    return told(file) or digest(file)
 
 
 def write_manifest(folder: Path) -> None:

@@ -1,22 +1,23 @@
-"""Request -> Panel: the only sampling loop."""
+"""Request -> Panel, by the only sampling loop, `trajectory`: trainers follow the same one on their own batches."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from hypersd import __version__
-from hypersd.backbone import Backbone
+from hypersd.backbone import Backbone, no_room
 from hypersd.folders import ModelError
 from hypersd.methods import Method
-from hypersd.records import FINAL, InputError, Panel, Request
+from hypersd.records import FINAL, Panel, Request
 from hypersd.schedule import Schedule, WindowSchedule
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,42 @@ class Latents(NamedTuple):
     nfe: int
 
 
+class Taken(NamedTuple):
+    """A step of a trajectory that was taken from timestep t: what the network saw there, and the latent it led to."""
+
+    t: int
+    x0: Tensor
+    eps: Tensor
+    x: Tensor
+
+
+def _none() -> Tensor:
+    raise AssertionError("a method with eta 0 takes no fresh noise")
+
+
+def grid(schedule: Schedule, method: Method, steps: int, start: int | None = None) -> list[tuple[int, int]]:
+    """(t, s) of every step that a drawing by the method takes; one alone begins at `start`, if given."""
+    jumps = schedule.jumps(steps, method.spacing)
+    if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)
+        return [(min(start, len(schedule) - 1), FINAL)]
+    return jumps
+
+
+def trajectory(
+    schedule: Schedule,
+    method: Method,
+    jumps: Sequence[tuple[int, int]],
+    x_t: Tensor,
+    estimate: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    noise: Callable[[], Tensor] = _none,
+) -> Iterator[Taken]:
+    """From x_t [batch, c, h, w] along the jumps, step by step; `estimate` finds (x0, eps) in a latent at a timestep."""
+    for t, s in jumps:
+        x0, eps = estimate(x_t, t)
+        x_t = method.step(schedule, x_t, x0, eps, t, s, method.eta, noise)
+        yield Taken(t, x0, eps, x_t)
+
+
 def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnStep = None) -> Panel:
     """One picture. The same request gives the same pixels every time on the same machine.
 
@@ -65,7 +102,7 @@ def draw(backbone: Backbone, request: Request, method: Method, *, on_step: OnSte
     adapter = method.adapter(request.steps)
     base_sha256 = backbone.sha256  # hashed once per model, outside the time that is reported
     started = time.perf_counter()
-    latents, pixels = _within_memory(backbone, on_step, lambda tell: _painted(backbone, request, method, tell))
+    latents, pixels = _within_memory(backbone, partial(_painted, backbone, request, method, _told_once(on_step)))
     seconds = time.perf_counter() - started
     return Panel(
         pixels=pixels.numpy().tobytes(),
@@ -103,8 +140,24 @@ def _painted(backbone: Backbone, request: Request, method: Method, on_step: OnSt
         return latents, backbone.decode(latents.x)[0]
 
 
-def _within_memory(backbone: Backbone, on_step: OnStep, paint: Callable[[OnStep], T]) -> T:
-    """What `paint` returns, at the second try if the first found too little memory on the GPU. A step is told once."""
+def _within_memory(backbone: Backbone, work: Callable[[], T]) -> T:
+    """What `work` returns, at the second try if the first found too little memory on the GPU."""
+    with suppress(torch.cuda.OutOfMemoryError):  # outside of which nothing holds the first try's tensors any more
+        return work()
+    log.warning("%s: the GPU's memory is full; going on with less of it", backbone.name)
+    backbone.spare_memory()
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError as problem:
+        raise no_room(backbone.name) from problem
+
+
+def _decoded(backbone: Backbone, latents: Tensor) -> Tensor:
+    return _within_memory(backbone, partial(backbone.decode, latents))
+
+
+def _told_once(on_step: OnStep) -> OnStep:
+    """A step is told once, even if the drawing is begun again."""
     told = 0
 
     def tell(step: StepInfo) -> None:
@@ -114,17 +167,7 @@ def _within_memory(backbone: Backbone, on_step: OnStep, paint: Callable[[OnStep]
             if on_step is not None:
                 on_step(step)
 
-    with suppress(torch.cuda.OutOfMemoryError):  # outside of which nothing holds the first try's tensors any more
-        return paint(tell)
-    log.warning("%s: the GPU's memory is full; drawing again with less of it", backbone.name)
-    backbone.spare_memory()
-    try:
-        return paint(tell)
-    except torch.cuda.OutOfMemoryError as problem:
-        raise InputError(
-            f"the GPU has too little memory for {backbone.name}; end other programs on it, choose a smaller model, or "
-            "hide the GPU to draw on the CPU: CUDA_VISIBLE_DEVICES= python app.py"
-        ) from problem
+    return tell
 
 
 def denoise(
@@ -141,7 +184,8 @@ def denoise(
     that is told the scale, as FLUX's, is called once. One step begins at the timestep `start`, where it is not given at
     the one that the adapter was trained for. Under `nag` the network is asked once a step.
     """
-    schedule, g, eta = _schedule(backbone, request, method), _guidance(request, method), _eta(request, method)
+    schedule, g = _schedule(backbone, request, method), _guidance(request, method)
+    method = replace(method, eta=_eta(request, method))
     adapter = method.adapter(request.steps)
     guided = g > 1 and not backbone.tells_guidance
     states = backbone.guided(
@@ -150,27 +194,25 @@ def denoise(
     states = backbone.sized(states, method.smaller)
     x_t, noise_sha256 = backbone.noise(request.seed, method.smaller)
     fresh_noise = _noise_after(x_t, request.seed)
-    nfe = 0
-    jumps = schedule.jumps(request.steps, method.spacing)
+    jumps = grid(schedule, method, request.steps, adapter.card.start if start is None and adapter else start)
     if method.sigma_start:
         x_t = x_t * schedule.level(jumps[0][0]).sigma.to(x_t)
-    if start is None and adapter:
-        start = adapter.card.start
-    if start is not None and len(jumps) == 1:  # Hyper-SD, section 3.3: less noise is trusted more (t = 800)
-        jumps = [(min(start, len(schedule) - 1), FINAL)]
-    for index, (t, s) in enumerate(jumps):
+
+    def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         network_input = torch.cat([x_t, x_t]) if guided else x_t
         with _away(backbone, request, method):
             output = backbone.predict(network_input, t, states, adapter)
-        nfe += len(network_input)
         if guided:  # arXiv:2207.12598, eq. 6
             unconditional, conditional = output.chunk(2)
             output = unconditional + g * (conditional - unconditional)
-        x0, eps = schedule.split(output, x_t, t)
-        x_t = method.step(schedule, x_t, x0, eps, t, s, eta, fresh_noise)
+        return schedule.split(output, x_t, t)
+
+    for index, taken in enumerate(trajectory(schedule, method, jumps, x_t, estimate, fresh_noise)):
+        x_t = taken.x
         if on_step is not None:
-            on_step(StepInfo(index, len(jumps), t, schedule.clean(x0, eps, t), backbone.decode))
-    return Latents(x_t, noise_sha256, nfe)
+            clean = schedule.clean(taken.x0, taken.eps, taken.t)
+            on_step(StepInfo(index, len(jumps), taken.t, clean, partial(_decoded, backbone)))
+    return Latents(x_t, noise_sha256, len(jumps) * (2 if guided else 1))
 
 
 def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:

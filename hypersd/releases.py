@@ -18,7 +18,6 @@ where the next one begins, and not a timestep beside it as in diffusers' DDIMSch
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from pathlib import Path
 from hypersd import whole
 from hypersd.adapters import AdapterError, AdapterFile, changed, load, save
 from hypersd.folders import BASES, read_json
+from hypersd.hub import again, digest, fetched, told
 from hypersd.records import Adapter, InputError
 
 
@@ -228,22 +228,12 @@ def chosen(backbone: str, names: Sequence[str]) -> list[Release]:
 def hub(repository: str, file: str) -> Path:
     """A file of the Hugging Face hub, from its cache where it is there; with the hub's own progress bar.
 
-    An interrupted download goes on where it was.
+    A download that was stopped, however that was, is gone on with where it was.
 
     Raises:
         InputError: it cannot be had.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    try:
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        offline = "HF_HUB_OFFLINE is set: unset it" if HF_HUB_OFFLINE else "check the network"
-        raise InputError(
-            f"{repository}/{file} could not be fetched from the Hugging Face hub ({type(error).__name__}); "
-            f"{offline}, or put a copy somewhere and name it with --file"
-        ) from error
+    return fetched(repository, [file], "put a copy somewhere and name it with --file") / file
 
 
 def fetch(
@@ -280,18 +270,16 @@ def fetch(
 
 def _checked(release: Release, path: Path) -> str:
     """The sha256 of a file that was fetched, once it is the one that it must be."""
-    blob = path.resolve().name  # the hub's cache names a large file by the sha256 that it was told
-    told = blob if path.is_symlink() and len(blob) == 64 else ""
     try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = digest(path)
     except OSError as problem:
         raise AdapterError(f"{path} cannot be read ({type(problem).__name__}); check the path") from problem
-    expected = release.sha256 or told
+    expected = release.sha256 or told(path)
     if expected and found != expected:
+        intact = told(path) in ("", found)
         raise AdapterError(
             f"{path.name} is not what {release.repository} published: its sha256 is {found[:12]}.., not "
-            f"{expected[:12]}..; delete {path} and fetch it again"
+            f"{expected[:12]}..; {'it is another file, or was replaced since' if intact else again(path)}"
         )
     return found
 

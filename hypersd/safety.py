@@ -25,7 +25,6 @@ back what is harmless. Who opens a model to the world still has to look at what 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -34,10 +33,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hypersd.hub import again, digest, fetched
 from hypersd.records import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -144,8 +143,8 @@ class Checker:
         return flags
 
 
-def load(folder: Path | None = None, device: str = "cpu", dtype: torch.dtype | None = None) -> Checker:
-    """The checker of a folder, or of the hub where none is given; float32 by default.
+def load(folder: Path | None = None, device: str = "cpu") -> Checker:
+    """The checker of a folder, or of the hub where none is given; in half precision on a GPU.
 
     Raises:
         Exception: anything; it cannot be had, is damaged or lacks a tensor, in whose place would be random numbers.
@@ -156,8 +155,8 @@ def load(folder: Path | None = None, device: str = "cpu", dtype: torch.dtype | N
     folder = folder or _fetched()
     whole = (folder / "model.safetensors").is_file()
     network, report = StableDiffusionSafetyChecker.from_pretrained(
-        folder, use_safetensors=True, variant=None if whole else "fp16", dtype=dtype or torch.float32,
-        local_files_only=True, output_loading_info=True,
+        folder, use_safetensors=True, variant=None if whole else "fp16",
+        dtype=torch.float32 if device == "cpu" else torch.float16, local_files_only=True, output_loading_info=True,
     )  # fmt: skip
     if lost := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
         raise InputError(f"the safety checker in {folder} lacks {len(lost)} tensors such as {lost[0]}")
@@ -166,13 +165,11 @@ def load(folder: Path | None = None, device: str = "cpu", dtype: torch.dtype | N
 
 def _fetched() -> Path:
     """Folder of the hub's checker, in the hub's cache; its weights are the published ones."""
-    from huggingface_hub import hf_hub_download
-
-    config, weights = (Path(hf_hub_download(SOURCE, f"safety_checker/{name}")) for name in ("config.json", WEIGHTS))
-    with weights.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != SHA256:
-            raise InputError(f"{weights} is not the safety checker that was published; delete it and start again")
-    return config.parent
+    paths = [f"safety_checker/{name}" for name in ("config.json", WEIGHTS)]
+    weights = fetched(SOURCE, paths, "name the folder of a copy in HYPERSD_SAFETY") / paths[1]
+    if digest(weights) != SHA256:
+        raise InputError(f"{weights} is not the safety checker that was published; {again(weights)}")
+    return weights.parent
 
 
 class Filter:
@@ -232,9 +229,7 @@ def is_public(environment: Mapping[str, str] = os.environ) -> bool:
     return bool(environment.get("SPACE_ID")) or not own
 
 
-def of(
-    backbone: str, device: Callable[[], tuple[str, Any]], environment: Mapping[str, str] = os.environ
-) -> Filter | None:
+def of(backbone: str, device: Callable[[], str], environment: Mapping[str, str] = os.environ) -> Filter | None:
     """The filter of an app that draws with this backbone, or None where there is none; the log says which.
 
     Args:
@@ -249,8 +244,4 @@ def of(
     folder = None if said.lower() in ("", "on") else Path(said)
     log.warning("the safety filter is on, by %s; HYPERSD_SAFETY=off turns it off", folder or SOURCE)
 
-    def loaded() -> Checker:
-        where, dtype = device()
-        return load(folder, where, dtype)
-
-    return Filter(loaded)
+    return Filter(lambda: load(folder, device()))

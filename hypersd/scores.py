@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hypersd.folders import read_tensors
+from hypersd.hub import fetched
 from hypersd.records import InputError
 
 CLIP_MEAN, CLIP_SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -38,12 +40,13 @@ DROPS = (1, 3, 5)  # places of their dropouts, which do nothing here but keep th
 
 
 class Scorer(nn.Module):
-    """A published score. float [n, 3, h, w] in -1..1 and n prompts -> [n]; frozen."""
+    """A published score. float [n, 3, h, w] in -1..1 and n prompts -> [n]; frozen; it comes to where pictures are."""
 
     name: str
     threshold: float
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.to(pixels.device)
         score: Tensor = super().__call__(pixels, list(prompts))
         return score
 
@@ -224,11 +227,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """
     import pickle
 
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}); copy it again") from None
@@ -359,8 +360,5 @@ def _place(row: Published, repository: str, file: str) -> Path:
         here = Path(above) / row.name / (file or repository.rpartition("/")[2])
         if here.exists():
             return here
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    if file:
-        return Path(hf_hub_download(repository, file))
-    return Path(snapshot_download(repository, allow_patterns=WHOLE))
+    instead = f"put its weights ({row.gigabytes:g} GB, {row.licence}) into a folder {row.name} and name the one above"
+    return fetched(repository, [file] if file else WHOLE, f"{instead} in HYPERSD_SCORES") / file

@@ -40,6 +40,8 @@ from hypersd.folders import (
     read_json,
     write_manifest,
 )
+from hypersd.hub import fetched
+from hypersd.records import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,19 +200,13 @@ def _layout(kind: str) -> Path:
             raise ModelError(f"HYPERSD_LAYOUT must name a folder with a {kind}, got {chosen[:80]!r}")
         check_tokenizers(folder, folder.name)
         return folder
-    from huggingface_hub import snapshot_download
-
-    preset = BACKBONES[BASES[kind]]
+    source = BACKBONES[BASES[kind]].source
     try:
-        folder = Path(snapshot_download(preset.source, revision=preset.revision, allow_patterns=list(DESCRIBED)))
+        folder = fetched(source, DESCRIBED, "name the folder of any model of its kind: HYPERSD_LAYOUT=folder")
         check_tokenizers(folder, BASES[kind])  # offline, the client is content with whatever is cached
         return folder
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        raise ModelError(
-            f"configurations and tokenizers of {preset.source} are needed once and could not be fetched "
-            f"({type(error).__name__}); check the network, or name the folder of any model of its kind: "
-            "HYPERSD_LAYOUT=folder"
-        ) from error
+    except InputError as problem:
+        raise ModelError(f"configurations and tokenizers of its kind are needed once: {problem}") from problem
 
 
 def _translated(tensors: Any, part: str, about: Part, layout: Path, name: str) -> dict[str, Tensor]:

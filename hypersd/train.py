@@ -34,7 +34,11 @@ _EXTENDABLE = {"updates", "cooldown"}  # they lie ahead; a change of anything el
 
 
 class Diverged(Problem, ArithmeticError):
-    """The loss or its gradient is not finite. The last checkpoint is good; lower the learning rate or clip harder."""
+    """The loss or its gradient is not finite. The same run would end there again; another one needs a lower rate."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came. All is saved, and whoever trains next after this run must not begin."""
 
 
 class RecipeChanged(Problem, ValueError):
@@ -200,8 +204,8 @@ class Run:
             length = float(nn.utils.clip_grad_norm_(weights, self.recipe.clip))
             if not math.isfinite(loss + length):
                 raise Diverged(
-                    f"update {self.step}: {name} loss {loss:g}, gradient norm {length:g}; the last good "
-                    f"checkpoint in {self.folder} stands, resume with a lower learning rate"
+                    f"update {self.step}: {name} loss {loss:g}, gradient norm {length:g}; going on in {self.folder} "
+                    f"would end there again, so begin anew with a learning rate below {self.recipe.lr:g}"
                 )
             entry |= {name: loss, f"{name}/norm": length}
             for group in self.optimizers[name].param_groups:
@@ -254,10 +258,13 @@ class Run:
         save_every: float = 3.0,
         sheet_every: float = 10.0,
     ) -> bool:
-        """Train until the recipe is done (True) or time is up or a signal came (False); always ends on a checkpoint.
+        """Train until the recipe is done (True) or time is up (False); always ends on a checkpoint.
 
         With `until` the recipe counts as done at that update, for now. `minutes`, `save_every` and `sheet_every` are
         wall-clock minutes and never change the result.
+
+        Raises:
+            Stopped: a signal came, in whichever update, the last one too.
         """
         goal = self.recipe.updates if until is None else min(until, self.recipe.updates)
         started = saved = drawn = time.monotonic()
@@ -279,8 +286,8 @@ class Run:
                 now = time.monotonic()
                 if self.step % 50 == 0:
                     bar.set_postfix({k: f"{v:.3g}" for k, v in self._recent(50).items()})
-                enough = signals.came or (minutes is not None and now - started > 60 * minutes)
-                enough, due = self._any(enough, now - drawn > 60 * sheet_every)
+                late = minutes is not None and now - started > 60 * minutes
+                enough, due = self._any(signals.came or late, now - drawn > 60 * sheet_every)
                 if due:
                     self.draw()
                     drawn = time.monotonic()
@@ -290,6 +297,10 @@ class Run:
                 if enough:
                     break
             self.save()
+            (stopped,) = self._any(signals.came)
+        if stopped:
+            done = f"{self.folder.name}: stopped after {self.step} of {self.recipe.updates} updates"
+            raise Stopped(f"{done}; run the same command again to go on")
         self.draw()
         return self.step >= goal
 

@@ -17,6 +17,11 @@ class Row:
     eta: float = 0.0
     sampler: str = "DDIM"
     smaller: int = 1
+    licence: str = "Apache-2.0"
+
+    @property
+    def adapted(self) -> bool:
+        return self.name != "base"
 
     def check(self, request: Request) -> None:
         if not self.low <= request.steps <= self.high:

@@ -18,7 +18,7 @@ from fake import Painter, address, eventually, no_loops_left, paint, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
-from rows import METHODS
+from rows import METHODS, Row
 
 from hypersd import folders, pictures, ui
 from hypersd.engine import UNWATCHED, Drawing, Shelf, Watch
@@ -127,12 +127,21 @@ def test_page_asks_nobody_else(demo: gr.Blocks) -> None:
 
 def test_credits_stand_below(demo: gr.Blocks) -> None:
     shown = [b["props"] for b in demo.config["components"] if b["type"] == "markdown"]
-    assert [(props["value"], props["sanitize_html"]) for props in shown] == [(CREDITS, True)]
+    (props,) = shown
+    assert props["value"].endswith(CREDITS) and props["sanitize_html"]
 
 
 def test_credits_of_the_assets_are_read() -> None:
     said = [b["props"]["value"] for b in ui.build(Painter(), METHODS).config["components"] if b["type"] == "markdown"]
-    assert said == ([ui.CREDITS.read_text(encoding="utf-8").strip()] if ui.CREDITS.exists() else [])
+    assert said[0].endswith(ui.CREDITS.read_text(encoding="utf-8").strip())
+
+
+def test_licences_of_model_and_methods_are_shown() -> None:
+    rows = {"base": METHODS["base"], "dmd2": Row("dmd2", "DMD2", licence="CC BY-NC 4.0")}
+    components = ui.build(Painter(), rows, backbone="sdxl").config["components"]
+    (said,) = [b["props"]["value"] for b in components if b["type"] == "markdown"]
+    assert "| the base model, sdxl | CreativeML OpenRAIL++-M |" in said and "| DMD2 | CC BY-NC 4.0 |" in said
+    assert "Noto" not in said, "the artwork is the embedded model's alone"
 
 
 def test_figures_are_those_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

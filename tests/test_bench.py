@@ -88,6 +88,8 @@ def test_every_figure_is_there_and_above_zero(content: dict[str, Any]) -> None:
     assert all(seconds > 0 for seconds in content["median_seconds"].values())
     assert min(content["machine"]["gigaflops"]) > 0
     assert content["machine"]["torch"] == torch.__version__ and content["machine"]["processor"]
+    assert content["dtype"] == ("float16" if torch.cuda.is_available() else "float32")
+    assert bool(content["peak_gpu_memory_gb"]) == torch.cuda.is_available()
 
 
 def test_results_are_a_file_a_plot_and_lines(content: dict[str, Any], tmp_path: Path) -> None:

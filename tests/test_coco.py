@@ -72,12 +72,12 @@ def folder(tmp_path: Path) -> Path:
                 ImageDraw.Draw(picture).rectangle((x, y, outline[0][2] - 1, outline[0][5] - 1), "white")
             else:
                 picture.paste("white", (10, 0, 18, 24))
-            instances.append({"image_id": identity, "segmentation": outline, "category_id": 1, "iscrowd": 0})
+            instances.append({"image_id": identity, "segmentation": outline, "category_id": 3, "iscrowd": 0})
         picture.save(tmp_path / "coco/val2017" / name)
         images.append({"id": identity, "file_name": name, "width": 40, "height": 24, "license": 1})
         captions += [{"image_id": identity, "caption": f"thing {number},\n seen {time}"} for time in ("once", "twice")]
     for kind, rows in (("captions", captions), ("instances", instances)):
-        content = {"images": images, "annotations": rows}
+        content = {"images": images, "annotations": rows, "categories": [{"id": 3}, {"id": 1}]}
         (tmp_path / f"coco/annotations/{kind}_val2017.json").write_text(json.dumps(content))
     return tmp_path / "coco"
 
@@ -96,10 +96,29 @@ def test_masks_lie_on_the_objects_of_the_pictures_that_were_cached(folder: Path)
     assert float(wrongness((masks - 0.5) * 40, masks).max()) < float(wrongness((0.5 - masks) * 40, masks).min())
 
 
+def test_objects_are_told_one_by_one_with_their_classes(folder: Path) -> None:
+    """Without those that the cut left nothing of, and without crowds; classes are counted, COCO's ids have gaps."""
+    file = folder / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][1]["segmentation"] = [[36, 0, 40, 0, 40, 6, 36, 6]]  # at the edge, which is cut off
+    content["annotations"][2]["iscrowd"] = 1
+    content["annotations"] += [{**content["annotations"][0], "category_id": 1}]
+    file.write_text(json.dumps(content))
+    coco = open_coco(folder, "val2017")
+    data = Outlined(prepare(coco, Fake(), folder.parent / "cache"), coco, 16)
+    (none, _), (crowd, _), (masks, classes) = data.instances(torch.arange(3))
+    assert len(none) == len(crowd) == 0 and masks.dtype == torch.bool and classes.tolist() == [1, 0]
+    assert torch.equal(masks[0], data.masks(torch.tensor([2]))[0] > 0.5) and torch.equal(*masks)
+    file.write_text(json.dumps(content | {"categories": []}))
+    with pytest.raises(SourceError, match="of no category of COCO's"):
+        Outlined(data.cached, open_coco(folder, "val2017"), 16).instances(torch.tensor([2]))
+
+
 def test_refine_finds_masks_in_a_folder_of_coco(folder: Path, tmp_path: Path) -> None:
     for file in (*folder.glob("annotations/*"), folder / "val2017"):
         file.rename(file.with_name(file.name.replace("val", "train")))
     data = training.opener(str(folder), tmp_path / "runs")(Fake())
+    assert training.tells(str(folder)) == ("masks", "instances") and training.tells(str(tmp_path)) == ()
     assert isinstance(data, Outlined) and len(data) == 3 and data.digest == data.cached.digest
     assert data.masks(torch.tensor([0])).shape == (1, 16, 16) and data.empty.shape == (1, 2, 4)
 

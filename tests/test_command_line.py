@@ -103,11 +103,12 @@ def test_methods_for_people_is_a_line_each(capsys: pytest.CaptureFixture[str]) -
 
 def test_stopping_is_not_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_given: object) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*said)
 
     monkeypatch.setitem(COMMANDS, "methods", COMMANDS["methods"]._replace(run=interrupted))
-    assert main(["methods"]) == 130
-    assert capsys.readouterr().err == "hypersd: stopped\n"
+    for said in ([], ["stopped after 3 of 5 updates"]):
+        assert main(["methods"]) == 130
+        assert capsys.readouterr().err == f"hypersd: {said[0] if said else 'stopped'}\n"
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:

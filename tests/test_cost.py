@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from stages import Latents
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hypersd import __main__ as command_line
-from hypersd import cost, plan, roles
+from hypersd import adversary, cost, plan, roles
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation, Settings
 from hypersd.methods import METHODS
@@ -105,6 +107,57 @@ def ratio(model: str, method: str, folder: Path, merged: bool) -> float:
         run.update()
     made = cost.update(cost.read(model), row, row.stages[-1], RANK, merged=merged, indices=range(1))
     return made.flops(BATCH) / counted.get_total_flops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_calls_of_an_update_cost_what_is_counted_at_full_size(name: str) -> None:
+    """On meta tensors, call by call, forward and backward: TSCD's last stage, with its adversary."""
+    network, row = cost.read(name), METHODS["tscd"]
+    made = {work.label: work.flops(1) for work in cost.update(network, row, row.stages[-1], RANK, merged=False).work}
+    unet, judge = network.unet, network.judge
+    unet.set_attn_processor(AttnProcessor())
+    roles_of = roles.Roles(unet, merged=False)
+    with torch.device("meta"):
+        roles_of.add("student", rank=RANK)
+        roles_of.add("ema", rank=RANK, trainable=False)
+
+    def call(latents: int) -> Tensor:
+        x = torch.empty(latents, *network.latent_shape, device="meta")
+        output: Tensor = unet(x, x.new_empty(1), encoder_hidden_states=network._states.expand(latents, -1, -1))[0]
+        return output.sum()
+
+    def seen(x: Tensor) -> list[Tensor]:
+        return adversary.features(unet, x, x.new_empty(1), network._states)
+
+    def judged(features: list[Tensor]) -> None:
+        sum(verdict.sum() for verdict in judge(features)).backward()
+
+    def fooled() -> None:
+        judge.requires_grad_(False)
+        judged(seen(torch.empty(1, *network.latent_shape, device="meta", requires_grad=True)))
+
+    def telling() -> None:
+        """What it sees in the fake is known from having been fooled."""
+        judge.requires_grad_(True)
+        with torch.no_grad():
+            features = seen(torch.empty(1, *network.latent_shape, device="meta"))
+        judged(features)
+        judged(features)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "teacher, guided": torch.no_grad()(lambda: call(2)),
+        "student, learning": lambda: call(1).backward(),
+        "ema": torch.no_grad()(lambda: call(1)),
+        "adversary, fooled": fooled,
+        "adversary, telling": telling,
+    }
+    assert calls.keys() == made.keys()
+    for label, work in calls.items():
+        worn = label.split(",")[0]
+        with roles_of.wear(*[worn] if worn in ("student", "ema") else []), FlopCounterMode(display=False) as counted:
+            work()
+        assert made[label] == pytest.approx(counted.get_total_flops(), rel=0.05), label
 
 
 def test_what_happens_in_each_fifth_update_counts_a_fifth(emoji: cost.Network) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,6 +307,29 @@ def test_a_rank_whose_fellow_never_comes_does_all_the_work(folder: Path) -> None
     (folder.parent / "cache").rename(folder.parent / "old")
     assert make(folder, rank=1, world=3).digest == alone.digest
     assert content(folder.parent / "cache") == before
+
+
+def test_processes_that_are_launched_together_begin_with_files_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data of `distill` and `refine`, as each of four processes opens it: were all to begin with the same file,
+    they would make every file four times over."""
+    written: list[str] = []
+    publish = cache.publish
+
+    def noted(path: Path, write: Any) -> None:
+        written.append(path.name)
+        publish(path, write)
+
+    monkeypatch.setattr(cache, "publish", noted)
+    first = []
+    for rank in range(4):
+        here = SimpleNamespace(process_index=rank, num_processes=4)
+        monkeypatch.setattr(training, "processes", lambda here=here: here)
+        written.clear()
+        training.opener(str(folder), folder.parent / f"alone-{rank}")(Fake())
+        first.append(next(name for name in written if name.startswith("latents")))
+    assert first == [f"latents-{rank:05d}.safetensors" for rank in range(4)]
 
 
 def test_a_cut_off_file_is_named_and_made_anew(folder: Path) -> None:

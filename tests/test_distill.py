@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from hypersd.generate import denoise
 from hypersd.methods import METHODS, Stage, discover
 from hypersd.records import InputError, Request
 from hypersd.schedule import PREDICTIONS
-from hypersd.train import Recipe, RecipeChanged, Run, Step
+from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step
 
 B = 8
 STEP = Step(3, RECIPE)
@@ -133,7 +133,7 @@ def test_student_and_fake_resume_bit_for_bit(tiny_folder: Path, tmp_path: Path, 
     assert all(torch.equal(tensor, weights(unbroken)[name]) for name, tensor in weights(again).items())
 
 
-def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
+def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method, recipe = METHODS["hyper"], replace(RECIPE, updates=1, accumulate=1)
 
     def train(out: Path) -> adapters.AdapterFile:
@@ -147,6 +147,12 @@ def test_hyper_goes_on_from_tscd(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lora" / "hyper-1.safetensors").unlink()
     made = train(tmp_path / "lora")
     assert made.card.recipe["start"] == start.sha256 and (made.card.method, made.card.segments) == ("hyper", 1)
+    assert f"hyper: begins with {start.path}" in capsys.readouterr().out
+    (tmp_path / "lora" / "hyper.safetensors").unlink()
+    adapters.save(start.path.with_name("a-1.safetensors"), adapters.load(start.path), replace(start.card, name="a"))
+    start.path.unlink()
+    with pytest.raises(InputError, match=r"none of that name in .*lora; begin with another one, --begin a-1, or train"):
+        train(tmp_path / "lora")
 
 
 def test_any_method_can_begin_with_a_lora_that_is_named(
@@ -161,6 +167,24 @@ def test_any_method_can_begin_with_a_lora_that_is_named(
     assert {"dmd", "tscd", "tscd-dmd"} <= table.keys()
     with pytest.raises(InputError, match=r"there is no LoRA 'tscd-3'; choose from .*tscd-1"):
         adapters.named(tiny_adapters, "tscd-3")
+
+
+def test_the_licence_of_a_release_holds_for_what_begins_with_it(
+    tiny_folder: Path, tmp_path: Path, tiny_adapters: Sequence[adapters.AdapterFile]
+) -> None:
+    """For what begins with that, too. Where it is drawn is the method's: it was trained there."""
+    file, told = adapters.named(tiny_adapters, "tcd-1"), {"licence": "CC BY-NC 4.0", "release": "they/theirs"}
+    card = replace(file.card, recipe={**told, "spacing": "original", "sha256": "f" * 64})
+    release = adapters.save(tmp_path / "tcd.safetensors", adapters.load(file.path), card)
+    given = (lambda: Backbone.load(tiny_folder), Latents.of, SETTINGS, replace(RECIPE, updates=1), tmp_path / "runs",
+             tmp_path / "out")  # fmt: skip
+    (once,) = distill.run(METHODS["tcd"], *given, name="once", begin=release)
+    assert distill.run(METHODS["tcd"], *given, name="once", begin=release) == [once], "a finished one is known again"
+    (twice,) = distill.run(METHODS["tcd"], *given, name="twice", begin=once)
+    for made in (once, twice):
+        row = discover([made], made.card.base_sha256)[made.card.name]
+        assert (row.licence, row.spacing) == ("CC BY-NC 4.0", "trailing")
+        assert made.card.recipe["release"] == "they/theirs"
 
 
 def test_a_lora_of_another_base_is_begun_with_only_by_choice(
@@ -200,18 +224,31 @@ def test_three_roles_of_one_network_do_what_three_copies_do_in_two_networks_less
     assert 1.7 <= (three["more"] - one["more"]) / one["network"] <= 3.0
 
 
-def test_scores_are_compared_where_drawings_stop_by(backbone: Backbone) -> None:
+@pytest.mark.parametrize("build", [tiny.build, tiny.build_xl])  # a trailing base, and a leading one
+def test_scores_are_compared_where_drawings_stop_by(build: Callable[[Path], Path], tmp_path: Path) -> None:
     """Half from noise alone, the rest from latents noised to the stops of 8 steps after the first, evenly."""
+    backbone, stops = Backbone.load(build(tmp_path / "model")), list[int]()
+    row = replace(METHODS["hyper"], adapted=False)
+    denoise(backbone, Request("a cat", 0, 8), row, on_step=lambda info: stops.append(info.timestep))
     made, recipe = objective(backbone, "hyper", METHODS["hyper"].stages[0]), replace(RECIPE, batch=400, accumulate=1)
     step = Step(0, recipe)
     begun, at = made.beginnings(step), made.visits(step)
     first = at.t == 999
     assert torch.equal(at.x_t[first], begun.x_t[first]) and 160 < int(first.sum()) < 240
-    later = [t for t, _ in made.schedule.jumps(8)][1:]
-    assert set(at.t[~first].tolist()) == set(later)
+    assert set(at.t[~first].tolist()) == set(stops[1:])
     x0 = made.data.take(step.rows(len(made.data)), step).latents
     assert x0 is not None
     torch.testing.assert_close(at.x_t[~first], made.schedule.diffuse(x0, begun.x_t, at.t)[~first])
+
+
+@pytest.mark.parametrize("build", [tiny.build, tiny.build_xl])
+def test_the_teachers_samples_are_what_the_base_model_draws(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    backbone = Backbone.load(build(tmp_path / "model"))
+    drawn = denoise(backbone, Request("a cat", 5, 4, guidance=3.0), METHODS["base"]).x
+    made = objective(backbone, "dmd", Stage(), replace(SETTINGS, guidance=(3.0, 3.0)))
+    at = made.beginnings(Step(0, replace(RECIPE, batch=1)))
+    at = at._replace(x_t=backbone.noise(5)[0], states=backbone.embed(["a cat"]))
+    torch.testing.assert_close(made.teacher_sample(at, 4), drawn)
 
 
 def test_a_start_is_where_one_step_begins_and_more_do_not(backbone: Backbone, tmp_path: Path) -> None:
@@ -566,9 +603,20 @@ def test_stages_follow_each_other_and_a_finished_one_is_kept(
         (SETTINGS, replace(SHORT, lr=0.5), r"lr: 0\.01 then, 0\.5 now"),
         (replace(SETTINGS, guidance=(2.0, 4.0)), SHORT, r"settings\.guidance: \[3\.0, 8\.0\] then, \[2\.0, 4\.0\] now"),
     ):
-        with pytest.raises(RecipeChanged, match=rf"tscd-8\.safetensors was trained with another recipe \({sentence}\)"):
-            train(tiny_folder, tmp_path, settings, recipe)
+        refused = rf"tscd-8\.safetensors was trained with another recipe \({sentence}\).*--name tscd-new"
+        with pytest.raises(RecipeChanged, match=refused):  # before base and data are asked for
+            train(tiny_folder, tmp_path, settings, recipe, load=None, open_data=None)
     assert [adapters.inspect(f.path).sha256 for f in files[:-1]] == [f.sha256 for f in files[:-1]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_divergence_says_what_to_type(tiny_folder: Path, tmp_path: Path) -> None:
+    def broken(backbone: Backbone) -> Latents:
+        data = Latents.of(backbone)
+        return replace(data, latents=torch.full_like(data.latents, float("nan")))  # type: ignore[arg-type]
+
+    with pytest.raises(Diverged, match=r"with a learning rate below 0\.01: --lr 0\.005 --name lcm-slower$"):
+        train(tiny_folder, tmp_path, method="lcm", open_data=broken)
 
 
 @pytest.mark.usefixtures("quick")

@@ -29,7 +29,7 @@ from hypersd.evaluate import gallery, judges, ladder, measures, paper, plan, rep
 from hypersd.evaluate.measures import METRICS, Evidence, Texts, measured
 from hypersd.evaluate.plan import Arm, Plan
 from hypersd.methods import METHODS, StepRange, discover
-from hypersd.records import InputError
+from hypersd.records import InputError, Request
 
 REPORT = ("report.json", "report.md", "scores.parquet", "quality.png")
 ALL = tuple(metric for metric in METRICS.values() if not metric.published)
@@ -473,6 +473,15 @@ def test_another_backbone_borrows_the_layout_alone(content: dict[str, Any]) -> N
     assert "### Table 2, main results" in page and "31.88" not in page
     assert "In the layout of" not in report.markdown(content)  # no arm of this run is in the paper
     assert [len(rows) for rows in paper.TABLES.values()] == [13, 11, 8, 11]
+
+
+def test_every_row_of_the_papers_can_be_drawn_or_is_known_to_have_no_row_here() -> None:
+    own = {part.method for part in paper.ABLATION}
+    for row in (row for rows in paper.TABLES.values() for row in rows):
+        if row.method in METHODS:
+            METHODS[row.method].check(Request("a cat", steps=row.steps))
+        else:
+            assert row.method in own | {"dmd-feedback", "tcd-dmd", "tcd-feedback"}, row
 
 
 def test_the_ablation_has_its_parts_in_order_and_says_which_are_absent(content: dict[str, Any]) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import liking
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from judged import Thumbnails
 from liking import PROMPTS, Broken, Warm, warmth
+from listing import ROOT
 from PIL import Image
 from stages import Latents
 from test_export import Tick
@@ -22,6 +28,7 @@ from torch import Tensor
 from voting import definition
 
 from hypersd import adapters, distill
+from hypersd.__main__ import main
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.emoji.prompts import Prompt
@@ -39,6 +46,7 @@ from hypersd.study.people import annotator_of, new_id, receipt_of
 from hypersd.study.votes import Store
 from hypersd.train import Diverged, Recipe, Run, Step
 
+ASSETS = ROOT / "assets"
 SETTINGS = distill.Settings(rank=2, guidance=(3.0, 3.0), prompts=("a cat",))
 RECIPE = Recipe(updates=60, batch=4, lr=2e-2, warmup=2, weight_decay=0.0, ema=0.5)
 
@@ -121,9 +129,21 @@ def test_the_segmenters_gradient_is_the_slope(tmp_path: Path) -> None:
     assert torch.autograd.gradcheck(lambda x: wrongness(model(x), masks), (x,), fast_mode=True)
 
 
-def test_a_missing_segmenter_is_named(tmp_path: Path) -> None:
+def test_a_segmenter_of_no_use_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="python -m hypersd segmenter"):
-        Outline(tmp_path)
+        structure.load(str(tmp_path), "emoji")
+    outline(tmp_path)
+    assert isinstance(structure.load(str(tmp_path), "emoji"), Outline)
+    with pytest.raises(InputError, match=f"not what sd15 draws; .* --segmenter {structure.PUBLISHED}"):
+        structure.load(str(tmp_path), "sd15")
+    file = tmp_path / structure.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"segmenter.safetensors cannot be read \(SafetensorError\); copy or make it"):
+        structure.load(str(tmp_path), "emoji")
+
+
+def test_the_segmenter_works_where_the_pictures_are(tmp_path: Path) -> None:
+    assert outline(tmp_path)(torch.empty(2, 3, 32, 32, device="meta"), torch.ones(2, 32, 32)).device.type == "meta"
 
 
 # ------------------------------------------------------------------------------------------------ refinement
@@ -143,6 +163,93 @@ def test_loras_side_by_side_add_what_both_add(backbone: Backbone, tiny_adapters:
     )
 
 
+def published(file: AdapterFile, folder: Path, start: int = 999) -> AdapterFile:
+    """A LoRA as `fetch` leaves it, with its makers' licence and grid."""
+    told = {"licence": "OpenRAIL", "spacing": "original", "release": "its/makers"}
+    return adapters.save(
+        folder / file.path.name, adapters.load(file.path), replace(file.card, recipe=told, start=start)
+    )
+
+
+@pytest.mark.parametrize(("name", "steps", "start"), [("lcm-1", 4, 999), ("tscd-cfg-8", 8, 999), ("dmd-1", 1, 800)])
+def test_what_is_judged_is_drawn_as_the_app_draws_it(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path, name: str, steps: int, start: int
+) -> None:
+    """On the grid of a release, with the guidance of one that keeps it, from the timestep of one that begins later."""
+    parent = published(adapters.named(tiny_adapters, name), tmp_path, start)
+    row = discover([parent], backbone.network_sha256)[parent.card.name]
+    fresh = Backbone.load(backbone.folder)
+    drawn = torch.cat([denoise(fresh, Request(p, n, steps), row).x for n, p in enumerate(PROMPTS[:2])])
+    objective = made(backbone, parent, Asked(steps, rank=2), prompts=PROMPTS[:2])
+    for refined in (True, False):
+        torch.testing.assert_close(objective.drawn(refined=refined), drawn, rtol=1e-3, atol=1e-3)
+
+
+def test_a_parent_of_another_base_is_refused(backbone: Backbone, parent: AdapterFile) -> None:
+    other = parent._replace(card=replace(parent.card, base_sha256="0" * 64))
+    with pytest.raises(InputError, match=r"another base than tiny; .* distill tscd --begin .*tscd-4.safetensors"):
+        made(backbone, other)
+    other = parent._replace(card=replace(parent.card, name="lcm"))
+    with pytest.raises(InputError, match="calls itself 'lcm', which is another method's"):
+        made(backbone, other)
+
+
+@pytest.mark.parametrize(("name", "along"), [("lcm-1", False), ("tcd-1", True), ("tscd-4", True), ("hyper-1", True)])
+def test_the_anchor_is_the_consistency_of_the_parent_s_method(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], name: str, along: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along the trajectory it matters where the jump ends, to LCM it does not; neither has other players."""
+    objective = made(backbone, adapters.named(tiny_adapters, name), Asked(4, weight=0.0, rank=2))
+    step, draw_places = Step(0, RECIPE), objective.segments.draw
+    with counted(objective.network) as counts:
+        (_, loss), *others = objective.losses(step)
+    assert not others and (counts["with gradient"], counts["without gradient"]) == (1, 2)
+    monkeypatch.setattr(
+        type(objective.segments), "draw", lambda self, start, end: draw_places(start, torch.zeros_like(end))
+    )
+    (_, moved) = next(objective.losses(step))
+    assert float(loss.detach()) > 0 and (float(loss.detach()) != float(moved.detach())) == along
+
+
+def test_one_step_is_held_to_the_parent_where_it_begins(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = published(adapters.named(tiny_adapters, "dmd-1"), tmp_path, 800)
+    objective = made(backbone, parent, Asked(1, weight=0.0, rank=2))
+    asked, call = [], objective._call
+
+    def recorded(x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        asked.append(t.tolist())
+        return call(x, t, states)
+
+    monkeypatch.setattr(objective, "_call", recorded)
+    (_, loss) = next(objective.losses(Step(0, RECIPE)))
+    assert asked == [[800] * RECIPE.batch] * 2 and float(loss.detach()) == 0
+    for tensor in objective.roles["student"].adapter().values():
+        tensor.add_(0.05)
+    assert float(next(objective.losses(Step(0, RECIPE)))[1].detach()) > 0
+    with pytest.raises(InputError, match="dmd redraws no picture"):
+        made(Backbone.load(backbone.folder), parent, Asked(1, structure=1.0, rank=2))
+
+
+@pytest.mark.parametrize("mode", refl.MODES)
+def test_the_gradient_is_the_same_however_the_batch_is_cut(backbone: Backbone, parent: AdapterFile, mode: str) -> None:
+    """Three pictures of eight are decoded: by one process, by parts that hold some of them or none, by two."""
+    found, cuts = {}, ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
+    for processes, accumulate, weight in (*((*cut, 5.0) for cut in cuts), (1, 1, 0.0)):
+        objective = made(Backbone.load(backbone.folder), parent, Asked(4, mode, weight=weight, pictures=3, rank=2))
+        recipe = replace(RECIPE, batch=8, accumulate=accumulate)
+        for part in (part for process in range(processes) for part in recipe.parts(process, processes)):
+            (_, loss) = next(objective.losses(Step(0, recipe, part)))
+            (loss * len(part) / recipe.batch).backward()
+        learned = [p.grad.flatten() for p in objective.roles["student"].parameters() if p.grad is not None]
+        found[processes, accumulate, weight] = torch.cat(learned)
+    whole = found.pop((1, 1, 5.0))
+    assert float((found.pop((1, 1, 0.0)) - whole).norm() / whole.norm()) > 0.1, "the rewards matter"
+    for gradient in found.values():
+        assert float((gradient - whole).norm() / whole.norm()) < 1e-4
+
+
 @pytest.mark.parametrize(("mode", "calls"), [("reuse", (1, 2)), ("rollout", (2, None))])
 def test_reuse_takes_no_further_call(
     backbone: Backbone, parent: AdapterFile, mode: str, calls: tuple[int, int | None]
@@ -153,6 +260,65 @@ def test_reuse_takes_no_further_call(
         list(objective.losses(Step(0, RECIPE)))
     assert counts["with gradient"] == calls[0]
     assert counts["without gradient"] == 2 if calls[1] else 2 <= counts["without gradient"] <= 5
+
+
+@pytest.mark.parametrize("method", ["tscd", "hyper", "lcm"])
+def test_a_rollout_goes_where_the_student_is_drawn(method: str, tmp_path: Path) -> None:
+    """On a base whose own grid is another one: the same stops, with fresh noise at each where the method takes any."""
+    backbone, stops = Backbone.load(tiny.build_xl(tmp_path / "model")), list[int]()
+    parent = tiny.adapters(backbone.folder, tmp_path, only=(method,))[-1]
+    row = discover([parent], backbone.network_sha256)[method]
+    denoise(backbone, Request("a cat", 0, 4), row, on_step=lambda info: stops.append(info.timestep))
+    seen = rolled_out(made(backbone, parent, Asked(4, "rollout", rank=2)), 4)
+    assert [t for _, t, _, _ in seen] == stops
+    for (_, _, x0, eps), (x_s, s, _, _) in pairwise(seen):
+        level = backbone.schedule.level(s)
+        noise = (x_s - level.alpha * x0) / level.sigma
+        alike = float(torch.corrcoef(torch.stack([noise.flatten(), eps.flatten()]))[0, 1])
+        assert alike > 0.999 if method == "tscd" else abs(alike) < 0.2
+
+
+def test_a_rollout_begins_where_the_parent_does(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
+) -> None:
+    file = adapters.named(tiny_adapters, "hyper-1")
+    early = adapters.save(tmp_path / "a.safetensors", adapters.load(file.path), replace(file.card, start=800))
+    assert [t for _, t, _, _ in rolled_out(made(backbone, early, Asked(1, "rollout", rank=2)), 1)] == [800]
+
+
+def test_a_release_stays_what_its_makers_say(
+    backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path
+) -> None:
+    """Its licence holds for what was refined, and it is drawn at its own timesteps, in a rollout and afterwards."""
+    file, told = adapters.named(tiny_adapters, "tcd-1"), {"licence": "CC BY-NC 4.0", "spacing": "original"}
+    release = adapters.save(
+        tmp_path / "a.safetensors", adapters.load(file.path), replace(file.card, eta=0.3, recipe={**told, "sha256": ""})
+    )
+    objective = made(backbone, release, Asked(4, "rollout", rank=2))
+    run = Run(objective, RECIPE, tmp_path / "run")
+    card = refl.card(objective, run, "tcd-new", reward.Look(0, 0.0), {})
+    row = discover([release._replace(card=card)], backbone.network_sha256)["tcd-new"]
+    assert (row.licence, row.spacing, row.eta) == ("CC BY-NC 4.0", "original", 0.3)
+    assert [t for _, t, _, _ in rolled_out(objective, 4)] == backbone.schedule.timesteps(4, "original")
+
+
+def rolled_out(objective: Refinement, steps: int) -> list[tuple[Tensor, int, Tensor, Tensor]]:
+    """(x_t, t, x0, eps) of each estimate of the first rollout that takes so many."""
+    seen: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    estimate = objective.estimate
+
+    def watched(role: str, x_t: Tensor, t: Tensor, states: Tensor, *, learn: bool | None = None) -> Any:
+        x0, eps = estimate(role, x_t, t, states, learn=learn)
+        seen.append((x_t, int(t[0]), x0.detach(), eps.detach()))
+        return x0, eps
+
+    objective.estimate = watched  # type: ignore[method-assign]
+    for index in range(50):
+        seen.clear()
+        objective._rolled_out(Step(index, RECIPE), 4)
+        if len(seen) == steps:
+            break
+    return seen
 
 
 def test_only_the_feedback_learns(backbone: Backbone, parent: AdapterFile, tmp_path: Path) -> None:
@@ -259,6 +425,13 @@ def test_where_nothing_is_better_nothing_is_written(backbone: Backbone, parent: 
 def test_bad_settings_are_explained(backbone: Backbone, parent: AdapterFile) -> None:
     with pytest.raises(InputError, match="reuse, rollout, got 'both'"):
         Asked(4, "both")
+    for wrong in ("nan", "-1", float("inf")):
+        with pytest.raises(InputError, match="structure must be a number from 0 to 100, got"):
+            Asked(4, structure=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no picture whose structure is known; type --mode reuse"):
+        Asked(4, "rollout", structure=1.0)
+    with pytest.raises(InputError, match="the structure of these pictures is not known"):
+        made(backbone, parent, Asked(4, structure=1.0, rank=2))
     with pytest.raises(InputError, match="has 4 segments, so steps must be a multiple of that, got 6"):
         loop.steps_for(parent, 6)
     with pytest.raises(InputError, match="no reward is given"):
@@ -314,8 +487,8 @@ def turn(
     store, study, images = voted
     learn = replace(reward.RECIPE, updates=100, batch=16, cooldown=50)
     settings = loop.Settings(Asked(4, weight=1.0, rank=2), least=least, reward=learn, refine=RECIPE, teacher=2)
-    parts = (lambda: Backbone.load(tiny_folder), Captioned.of, settings, folder / "runs", folder / "lora")
-    return list(loop.run(store, study, images, parent, *parts, training=SETTINGS))
+    base = refl.Base(lambda: Backbone.load(tiny_folder), Captioned.of, SETTINGS)
+    return list(loop.run(store, study, images, parent, base, settings, folder / "runs", folder / "lora"))
 
 
 @pytest.mark.slow
@@ -401,7 +574,9 @@ def test_too_few_votes_are_counted(
 # --------------------------------------------------------------------------------- a segmenter of transformers
 
 
-def test_an_instance_segmenter_of_transformers_gives_a_gradient() -> None:
+@pytest.fixture(scope="module")
+def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one with random weights, as transformers keeps it."""
     pytest.importorskip("scipy", reason="transformers matches instances with scipy")
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
@@ -411,12 +586,133 @@ def test_an_instance_segmenter_of_transformers_gives_a_gradient() -> None:
     config = Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
                                encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2,
                                num_attention_heads=2, num_queries=4, num_labels=3, train_num_points=64)  # fmt: skip
-    find = Instances(Mask2FormerForUniversalSegmentation(config), side=64)
-    x = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
-    masks = F.pad(torch.ones(2, 16, 16), (8, 8, 8, 8))
-    losses = find(x, masks)
+    folder = tmp_path_factory.mktemp("mask2former")
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_instance_segmenter_of_transformers_gives_a_gradient(mask2former: Path) -> None:
+    find = structure.load(str(mask2former), "sd15")
+    assert isinstance(find, Instances) and find.asks == "instances"
+    x = (torch.rand(3, 3, 32, 32) * 2 - 1).requires_grad_()
+    masks = torch.stack([F.pad(torch.ones(16, 16), (8, 8, 8, 8)), F.pad(torch.ones(8, 8), (0, 24, 0, 24))]) > 0
+    nothing = (masks[:0], torch.tensor([], dtype=torch.long))
+    truth = [(masks, torch.tensor([0, 2])), (masks[:1], torch.tensor([1])), nothing]
+    losses = find(x, truth)
     losses.sum().backward()
-    assert losses.shape == (2,) and x.grad is not None and float(x.grad.abs().sum()) > 0
+    assert losses.shape == (3,) and x.grad is not None and float(losses[2].detach()) == 0
+    assert [bool(part.abs().sum()) for part in x.grad] == [True, True, False]
+    assert torch.equal(find(x, truth), losses), "a run that is resumed finds the same"
+    with pytest.raises(InputError, match="knows 3 classes and the data has one numbered 3"):
+        find(x[:1], [(masks[:1], torch.tensor([3]))])
+
+
+def test_a_segmenter_of_transformers_that_is_of_no_use_is_named(mask2former: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"nothing could not be fetched .* such as {structure.PUBLISHED}"):
+        structure.load(str(tmp_path / "nothing"), "sd15")
+    with pytest.raises(InputError, match="Linear is not taught masks and classes alone"):
+        Instances(torch.nn.Linear(1, 1))
+    broken = tmp_path / "broken"
+    shutil.copytree(mask2former, broken)
+    (broken / "model.safetensors").write_bytes((mask2former / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"broken cannot be loaded \(SafetensorError"):
+        structure.load(str(broken), "sd15")
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def coco_folder(tmp_path: Path) -> Path:
+    """Four pictures in COCO's layout, each with one object of one of two categories."""
+    folder, colours = tmp_path / "coco", ("red", "green", "blue", "black")
+    for part in ("train2017", "annotations"):
+        (folder / part).mkdir(parents=True)
+    images = [{"id": n, "file_name": f"{n}.png", "width": 40, "height": 40} for n in range(4)]
+    corners = [(4 + n, 6, 30, 20 + n) for n in range(4)]
+    for n, (left, top, right, bottom) in enumerate(corners):
+        picture = Image.new("RGB", (40, 40), "white")
+        picture.paste(colours[n], (left, top, right, bottom))
+        picture.save(folder / f"train2017/{n}.png")
+    objects = [{"image_id": n, "category_id": (7, 90)[n % 2], "iscrowd": 0, "segmentation": [[a, b, c, b, c, d, a, d]]}
+               for n, (a, b, c, d) in enumerate(corners)]  # fmt: skip
+    told = {"captions": [{"image_id": n, "caption": f"a {colour} cat"} for n, colour in enumerate(colours)],
+            "instances": objects}  # fmt: skip
+    for kind, rows in told.items():
+        content = {"images": images, "annotations": rows, "categories": [{"id": 90}, {"id": 7}]}
+        (folder / f"annotations/{kind}_train2017.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def command(
+    tiny_folder: Path, tiny_adapters: Sequence[AdapterFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """`refine` of the tiny model in a folder of its own, with rewards that are in the repository."""
+    monkeypatch.chdir(tmp_path)
+    for file in tiny_adapters:
+        shutil.copy(file.path, tmp_path)
+    rewards = ["--reward", str(ASSETS / "emoji-reward"), "--picker", str(ASSETS / "emoji-scorer-a")]
+    return ["refine", "tscd-4", "--backbone", str(tiny_folder), "--out", str(tmp_path), "--batch", "2", *rewards]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--structure", "nan"], "structure must be a number from 0 to 100"),
+        (["--mode", "rollout", "--structure", "1"], "type --mode reuse"),
+        (["--structure", "1"], "knows single icons on white"),
+        (["--structure", "1", "--segmenter", "MODEL"], "the structure of these pictures is not known"),
+        (["--picker", f"{ASSETS}/../assets/emoji-reward/"], "is a reward that is optimised"),
+        (["--reward", "broken"], "there is no whole reward model in broken"),
+        (["--picker", "cut"], r"projection.safetensors cannot be read \(SafetensorError\)"),
+        (["--runs", "a-file"], "nothing can be written to a-file"),
+    ],
+)
+def test_what_cannot_be_refined_for_is_said_before_the_model_is_loaded(
+    command: list[str],
+    mask2former: Path,
+    given: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distill, "loader", lambda _: pytest.fail("the base was loaded"))
+    Path("a-file").touch()
+    for folder, name in (("broken", "head"), ("cut", "projection")):
+        shutil.copytree(ASSETS / ("emoji-reward" if name == "head" else "emoji-scorer-a"), folder)
+        file = Path(folder, f"{name}.safetensors")
+        file.write_bytes(file.read_bytes()[:-10])
+    given = [word.replace("MODEL", str(mask2former)) for word in given]
+    assert main([*command, *given]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_pictures_are_needed(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    assert main([*command, "--data", str(tmp_path / "prompts.txt")]) == 2
+    assert "the data holds prompts only" in capsys.readouterr().err
+
+
+def test_structure_is_learned_from_coco_by_a_segmenter_of_transformers(
+    command: list[str], coco_folder: Path, mask2former: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the many updates: what the segmenter loses of the pictures' objects reaches the LoRA."""
+    slopes = {}
+
+    def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: str) -> refl.Refined:
+        learned = [p for n, p in objective.roles["student"].named_parameters() if n.endswith("lora_B")]
+        for weight in (0.0, 1.0):
+            objective.asked = replace(objective.asked, structure=weight)
+            (_, loss) = next(objective.losses(Step(0, recipe)))
+            slopes[weight] = float(loss.detach()), torch.autograd.grad(loss, learned)[0]
+        return refl.Refined(objective.parent, reward.Look(1, 1.0), 0.0)
+
+    monkeypatch.setattr(refl, "run", run)
+    given = ["--data", str(coco_folder), "--segmenter", str(mask2former), "--structure", "1"]
+    assert main([*command, *given]) == 0
+    (before, slope), (after, other) = slopes.values()
+    assert after > before + 0.1 and float((other - slope).abs().max()) > 0
 
 
 def test_the_taste_of_the_tests_has_all_splits() -> None:

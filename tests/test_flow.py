@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from test_releases import taken
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypersd import adapters, bench, releases
 from hypersd.backbone import Backbone, Flux, StableDiffusion3
@@ -104,6 +104,28 @@ def test_hyper_sds_loras_are_drawn_as_their_card_says(
     assert (ours.x - plain.x).abs().max() > 0.02  # the adapter does something
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_diffusers_reads_every_layer_that_is_saved(models: dict[str, Backbone], tmp_path: Path, name: str) -> None:
+    """Those outside of the blocks as well."""
+    backbone, release = models[name], next(r for r in RELEASES if r.backbone == name)
+    torch.manual_seed(1)
+    adapter: dict[str, Tensor] = {}
+    for layer, module in backbone.unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            out, *into = module.weight.shape
+            adapter[f"{layer}.lora_A"] = torch.randn(2, *into)
+            adapter[f"{layer}.lora_B"] = torch.randn(out, 2, *(1 for _ in into[1:]))
+    card = release.card(backbone.network_sha256, 2)
+    with pytest.raises(adapters.AdapterError, match="kohya's names are for UNets"):
+        adapters.save(tmp_path / "every.safetensors", adapter, card, kohya=True)
+    file = adapters.save(tmp_path / "every.safetensors", adapter, card)
+    method = discover([file], backbone.network_sha256)["tscd-cfg"]
+    with torch.inference_mode():
+        ours = denoise(backbone, Request(PROMPT, SEED, release.segments), method)
+    theirs, _ = stock(backbone, release.segments, release.guidance, lora=file.path)
+    torch.testing.assert_close(ours.x, theirs, rtol=2e-3, atol=2e-3)
+
+
 def test_fluxs_own_names_and_fused_layers_are_read(tmp_path: Path) -> None:
     """As kohya's trainer writes them: one layer for queries, keys and values, and an alpha."""
     width, rank, stem = 32, 4, "lora_unet_double_blocks_0_img_attn_qkv"
@@ -156,6 +178,15 @@ def test_the_long_encoder_is_looked_for(models: dict[str, Backbone], tmp_path: P
     (copy / "text_encoder_2" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"text_encoder_2/model\.safetensors is missing"):
         Backbone.load(copy)
+
+
+@pytest.mark.parametrize(("name", "half"), [("sd3", torch.float16), ("flux", torch.bfloat16)])
+def test_a_gpu_draws_a_local_folder_in_the_half_precision_of_its_family(
+    models: dict[str, Backbone], name: str, half: torch.dtype
+) -> None:
+    """Whatever the folder is called: float16 overflows in FLUX. torch's "meta" is a device without a machine."""
+    assert Backbone.load(models[name].folder, device="meta", dtype=None).dtype == half
+    assert Backbone.load(models[name].folder, dtype=None).dtype == torch.float32
 
 
 def test_each_family_has_its_class(models: dict[str, Backbone]) -> None:

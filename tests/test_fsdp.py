@@ -56,9 +56,11 @@ def half(folder: Path) -> Distillation:
 
 
 def rollout(folder: Path) -> Distillation:
-    """Feedback, which calls the network a different number of times in each update."""
+    """Feedback, which calls the network a different number of times in each update, and decodes in one process only."""
     parent = named(found(folder / "lora"), "tscd-4")
-    return made(Backbone.load(folder / "model"), parent, Asked(4, "rollout", rank=2), prompts=("a red heart",))
+    return made(
+        Backbone.load(folder / "model"), parent, Asked(4, "rollout", pictures=2, rank=2), prompts=("a red heart",)
+    )
 
 
 KINDS: dict[str, Callable[[Path], Distillation]] = {"tscd": tscd, "hyper": hyper, "half": half, "rollout": rollout}

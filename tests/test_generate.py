@@ -208,7 +208,7 @@ def test_a_full_gpu_is_tried_again_with_less_memory(
     backbone.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[2:])))
     panel = draw(backbone, CAT, BASE, on_step=lambda step: steps.append((step.index, step.x0)))
     assert [index for index, _ in steps] == [0, 1, 2, 3], "each step is told once"
-    assert panel.dtype == "float32, tiles"
+    assert (panel.dtype, panel.width, panel.height) == ("float32, tiles", 32, 32)
     assert len(sizes) > 1 and max(sizes) == (2, 2), "a picture of 4 x 4 latents is decoded in parts"
     kept: list[Tensor] = []
     draw(tiny_backbone, CAT, BASE, on_step=lambda step: kept.append(step.x0))
@@ -219,6 +219,31 @@ def test_a_full_gpu_is_tried_again_with_less_memory(
 def test_a_gpu_that_stays_full_is_told_of(crowded: Callable[[set[int]], Backbone]) -> None:
     with pytest.raises(InputError, match="the GPU has too little memory for tiny; end other programs on it"):
         draw(crowded(set(range(9))), CAT, BASE)
+
+
+def test_the_picture_of_a_step_finds_less_memory_too(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded when all steps are done, with whatever room there is by then."""
+    backbone, steps = Backbone.load(tiny_folder), list[StepInfo]()
+    draw(backbone, CAT, BASE, on_step=steps.append)
+    decode, calls = backbone.vae.decode, iter([True])
+
+    def crowded(*inputs: object, **more: object) -> object:
+        if next(calls, False):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return decode(*inputs, **more)
+
+    monkeypatch.setattr(backbone.vae, "decode", crowded)
+    assert steps[0].pixels().shape == (1, 32, 32, 3)
+    assert backbone.spares_memory
+
+
+def test_a_model_that_does_not_fit_says_so(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(InputError, match="too little memory for tiny; end other programs on it, choose a smaller"):
+        Backbone.load(tiny_folder, device="cuda")
 
 
 def test_sparing_memory_forgets_merged_networks(tiny_folder: Path, tiny_adapters: Sequence[AdapterFile]) -> None:

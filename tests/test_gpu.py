@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_feedback
+import test_scores
+import tiny
 import torch
 
-from hypersd import bench
+from hypersd import bench, scores
 from hypersd.adapters import AdapterFile
-from hypersd.backbone import Backbone, best_device
+from hypersd.backbone import Backbone, load_best
 from hypersd.distill import Distillation, Settings
 from hypersd.generate import draw
 from hypersd.methods import discover, find
@@ -26,8 +29,8 @@ EMOJI = Path(__file__).parent.parent / "assets" / "emoji-sd"
 
 
 def test_it_is_chosen_by_itself() -> None:
-    assert best_device("emoji") == ("cuda", torch.float16)
-    assert best_device("flux") == ("cuda", torch.bfloat16)
+    backbone = load_best("emoji")
+    assert (backbone.device.type, backbone.dtype) == ("cuda", torch.float16)
 
 
 def test_noise_and_pictures_are_those_of_the_cpu() -> None:
@@ -69,6 +72,17 @@ def test_an_update_of_training(tiny_folder: Path, tmp_path: Path, name: str) -> 
     objective = Distillation(backbone, MadeUp.of(backbone, 2), method, method.stages[-1], Settings(2, (4.0, 4.0)))
     entry = Run(objective, Recipe(updates=1, batch=2, lr=1e-3), tmp_path).update()
     assert all(np.isfinite(value) for value in entry.values())
+
+
+def test_rewards_and_segmenters_come_to_where_the_pictures_are(tmp_path: Path) -> None:
+    find = test_feedback.outline(tmp_path)
+    score = scores.Cosine("clip", test_scores.clip(), tiny.tokenizer())
+    x, masks = test_scores.pictures(), torch.ones(2, 32, 32)
+    here = find(x, masks), score(x, test_scores.PROMPTS)
+    there = find(x.cuda(), masks), score(x.cuda(), test_scores.PROMPTS)
+    for one, other in zip(here, there, strict=True):
+        assert other.device.type == "cuda"
+        torch.testing.assert_close(one, other.cpu(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_bench_names_the_gpu() -> None:

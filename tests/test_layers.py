@@ -15,6 +15,7 @@ from listing import ROOT, sources
 # The reading order. A new module gets a word in the highest row that lets it import what it needs.
 ROWS = [
     "records",
+    "hub",
     "pictures schedule metrics quality intervals folders network",
     "solvers single",
     "checkpoint muon adapters scores nag",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from judged import make_artwork
+from PIL import Image
 from test_export import simulated
 from voting import in_memory
 
@@ -171,6 +172,22 @@ def test_the_embedded_model_has_a_known_order(tmp_path: Path) -> None:
     assert sorted(found.sources.values()) == [2, 2, 2] and {row.share for row in found.rows} == {1.0}
     flat = torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)
     assert float(known_order.worse(flat).float().std()) > 20
+
+
+def test_a_prompt_is_in_one_split_however_often_it_is_given(tmp_path: Path) -> None:
+    """In the strictest, over files that are named after a split and over sources that are joined."""
+    for name in ("one.png", "other.png"):
+        Image.new("RGB", (8, 8), {"one.png": "red"}.get(name, "blue")).save(tmp_path / name)
+    row = {"file_path": ["one.png", "other.png"], "human_preference": [1, 0]}
+    for name in pairs.STRICTER:
+        rows = [{**row, "prompt": prompt} for prompt in ("everywhere", f"only {name}")]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    wanted = {("everywhere", "test"), *((f"only {name}", name) for name in pairs.STRICTER)}
+    assert {(row.prompt, row.split) for row in pairs.read(tmp_path).rows} == wanted
+    parts = [pairs.read(tmp_path / f"{name}.json") for name in pairs.STRICTER]
+    assert {row.split for row in parts[0].rows} == {"train"}
+    for both in (pairs.join(*parts), pairs.join(*parts[::-1])):
+        assert {(row.prompt, row.split) for row in both.rows} == wanted
 
 
 def test_joined_preferences_point_at_their_own_pictures(found: Preferences) -> None:

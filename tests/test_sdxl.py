@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hypersd import bench, network
 from hypersd.backbone import Backbone, StableDiffusionXL
 from hypersd.cost import CONFIGS
+from hypersd.data import open_source, prepare
 from hypersd.distill import Distillation, Settings
 from hypersd.folders import ModelError, network_sha256
 from hypersd.generate import denoise, draw
@@ -126,6 +128,44 @@ def test_it_can_be_distilled(folder: Path, tmp_path: Path, name: str) -> None:
     assert calls["with gradient"] >= 2
     learned = dict(objective.modules()["student"].named_parameters())
     assert any(not torch.equal(learned[n], before[n]) for n in before)
+
+
+def test_pictures_with_captions_become_an_update(folder: Path, tmp_path: Path) -> None:
+    """The pooled state and the sizes lie in the cache with the sequence, and nothing of them is lost."""
+    backbone, captions = Backbone.load(folder), ["a happy cat", "a red heart", "a dog"]
+    (tmp_path / "pictures").mkdir()
+    for i, caption in enumerate(captions):
+        pixels = np.random.default_rng(i).integers(0, 256, (80, 72, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
+        (tmp_path / f"pictures/{i}.txt").write_text(caption)
+    data = prepare(open_source(tmp_path / "pictures"), backbone, tmp_path / "cache")
+    batch = data.take(torch.arange(3))
+    assert batch.captions == captions and batch.latents is not None and batch.latents.shape == (3, 4, 8, 8)
+    for states, texts in ((batch.states, captions), (data.empty, [""])):
+        told, expected = (network.conditions(backbone.unet, s) for s in (states, backbone.embed(texts)))
+        pooled, sizes = told["added_cond_kwargs"].values()
+        assert sizes.tolist() == [[64, 64, 0, 0, 64, 64]] * len(texts)
+        torch.testing.assert_close(pooled, expected["added_cond_kwargs"]["text_embeds"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            told["encoder_hidden_states"], expected["encoder_hidden_states"], rtol=1e-3, atol=1e-4
+        )
+    method = find("tscd-cfg")  # which learns from the empty caption too
+    objective = Distillation(backbone, data, method, method.stages[-1], Settings(2, (4.0, 4.0), prompts=("a cat",)))
+    before = {n: p.clone() for n, p in objective.modules()["student"].named_parameters()}
+    Run(objective, Recipe(updates=1, batch=3, lr=1e-3), tmp_path / "run").update()
+    learned = dict(objective.modules()["student"].named_parameters())
+    assert all(p.isfinite().all() for p in learned.values())
+    assert any(not torch.equal(learned[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sizes_are_exact_in_half_precision(dtype: torch.dtype) -> None:
+    """In the network's, then in the cache's."""
+    for side in (*range(8, 1024, 8), *range(1024, 2049, 64)):
+        row = network.packed(
+            torch.zeros(1, 1, 8, dtype=dtype), torch.zeros(1, 2, dtype=dtype), (side, side, 0, 0, side, side)
+        )
+        assert row.half().float()[0, -1, 2:].tolist() == [side, side, 0, 0, side, side]
 
 
 def test_adapters_of_every_method_draw(folder: Path, backbone: Backbone, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from torch import Tensor
 from hypersd.data.dataset import Batch, Dataset, Draws
 from hypersd.data.sources import Sample, SourceError, in_parts, read_bytes, signature, stamp, texts
 from hypersd.data.survey import square
+
+
+class Outline(NamedTuple):
+    """An object: where it is, as COCO writes it; its class, -1 where that is not told; whether it is many in one."""
+
+    segmentation: Any
+    kind: int
+    crowd: bool
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,14 @@ class Coco:
         return found
 
     @cached_property
-    def outlines(self) -> dict[int, list[Any]]:
-        """The segmentations of each picture, by its id."""
-        found: dict[int, list[Any]] = {}
-        for row in self._read("instances")["annotations"]:
-            found.setdefault(row["image_id"], []).append(row["segmentation"])
+    def outlines(self) -> dict[int, list[Outline]]:
+        """The objects of each picture, by its id. Classes are counted in the order of COCO's ids, which have gaps."""
+        content = self._read("instances")
+        kinds = {n: place for place, n in enumerate(sorted(row["id"] for row in content.get("categories", ())))}
+        found: dict[int, list[Outline]] = {}
+        for row in content["annotations"]:
+            one = Outline(row["segmentation"], kinds.get(row["category_id"], -1), bool(row["iscrowd"]))
+            found.setdefault(row["image_id"], []).append(one)
         return found
 
     def stamps(self) -> list[str]:
@@ -72,13 +83,16 @@ class Coco:
             captions = texts(self.captions.get(self.images[name]["id"], []))
             yield Sample(name, captions, read_bytes(self.root / self.split / name))
 
+    def objects(self, name: str) -> list[tuple[np.ndarray, Outline]]:
+        """Where in a picture each of its objects is, bool [height, width]."""
+        about = self.images[name]
+        found = self.outlines.get(about["id"], [])
+        return [(mask_of(one.segmentation, about["height"], about["width"]), one) for one in found]
+
     def mask(self, name: str) -> np.ndarray:
         """Where in a picture there is any object: bool [height, width]."""
-        about = self.images[name]
-        found = np.zeros((about["height"], about["width"]), bool)
-        for outline in self.outlines.get(about["id"], []):
-            found |= mask_of(outline, about["height"], about["width"])
-        return found
+        nothing = np.zeros((self.images[name]["height"], self.images[name]["width"]), bool)
+        return np.logical_or.reduce([nothing, *(mask for mask, _ in self.objects(name))])
 
     def _read(self, kind: str) -> dict[str, Any]:
         file = self.root / "annotations" / f"{kind}_{self.split}.json"
@@ -101,7 +115,7 @@ def open_coco(root: Path, split: str = "train2017") -> Coco:
 
 
 class Outlined:
-    """A cached split with a mask for every picture, cut and resized as the picture was."""
+    """A cached split with a mask for every picture and every object, cut and resized as the picture was."""
 
     def __init__(self, cached: Dataset, coco: Coco, side: int) -> None:
         self.cached, self.coco, self.side = cached, coco, side
@@ -115,8 +129,28 @@ class Outlined:
 
     def masks(self, rows: Tensor) -> Tensor:
         """What is object and not background, float32 [rows, side, side] in 0..1."""
-        masks = (Image.fromarray(self.coco.mask(self.cached.keys[row])).convert("RGB") for row in rows.tolist())
-        return torch.from_numpy(np.stack([square(mask, self.side)[..., 0] for mask in masks])).float() / 255
+        return torch.stack([self._cut(self.coco.mask(self.cached.keys[row])) for row in rows.tolist()])
+
+    def instances(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each row's objects that the cut left something of, without crowds: bool [objects, side, side], and their
+        classes, int64 [objects].
+
+        Raises:
+            SourceError: the annotations do not say which classes there are.
+        """
+        return [self._instances(self.cached.keys[row]) for row in rows.tolist()]
+
+    def _instances(self, name: str) -> tuple[Tensor, Tensor]:
+        found = [(self._cut(mask) > 0.5, one.kind) for mask, one in self.coco.objects(name) if not one.crowd]
+        found = [(mask, kind) for mask, kind in found if mask.any()]
+        if any(kind < 0 for _, kind in found):
+            raise SourceError(f"the annotations of {name} are of no category of COCO's; download COCO's own")
+        masks = torch.stack([mask for mask, _ in found]) if found else torch.zeros(0, self.side, self.side).bool()
+        return masks, torch.tensor([kind for _, kind in found], dtype=torch.long)
+
+    def _cut(self, mask: np.ndarray) -> Tensor:
+        """A mask as the picture was cut and resized, float32 [side, side] in 0..1."""
+        return torch.from_numpy(square(Image.fromarray(mask).convert("RGB"), self.side)[..., 0]).float() / 255
 
 
 def mask_of(outline: Any, height: int, width: int) -> np.ndarray:

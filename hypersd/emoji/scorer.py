@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -37,6 +37,7 @@ from transformers import (
 
 from hypersd.emoji import artwork, text
 from hypersd.emoji.autoencoder import to_float
+from hypersd.folders import read_tensors
 from hypersd.quality import r_precision
 from hypersd.train import Recipe, Run, Step, mixed
 
@@ -286,14 +287,17 @@ def load(folder: Path, model: Path = ASSETS / "emoji-sd") -> Scorer:
 
     Raises:
         ArtworkError: it is not there, or was trained on another text encoder.
+        ModelError: a file of it cannot be read.
     """
     if not (folder / "scorer.json").exists():
         raise artwork.ArtworkError(f"no scorer in {folder}; make it with: python -m hypersd emoji scorer")
     about = json.loads((folder / "scorer.json").read_text(encoding="utf-8"))
+    image = ResNetForImageClassification(ResNetConfig.from_pretrained(folder / "image", local_files_only=True))
+    image.load_state_dict(read_tensors(folder / "image/model.safetensors"))
     encoder = CLIPTextModel.from_pretrained(model / "text_encoder", local_files_only=True, dtype=torch.float32)
     scorer = Scorer(
-        ResNetForImageClassification.from_pretrained(folder / "image", local_files_only=True, dtype=torch.float32),
-        projecting(encoder, load_file(folder / "projection.safetensors")["weight"].float()),
+        image,
+        projecting(encoder, read_tensors(folder / "projection.safetensors")["weight"].float()),
         CLIPTokenizer.from_pretrained(model / "tokenizer", local_files_only=True),
     )
     if trunk_sha256(scorer.text.text_model) != about["text_encoder"]:

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hypersd.emoji import artwork, autoencoder
+from hypersd.generate import grid, trajectory
+from hypersd.methods import METHODS
 from hypersd.schedule import Schedule
-from hypersd.solvers import ddim_step
 from hypersd.train import Recipe, Run, Step, mixed
 
 RECIPE = Recipe(
@@ -255,15 +256,17 @@ def sample(
     batch: int = 16,
 ) -> Tensor:
     """DDIM on many prompts at once, for sheets and measures. states [n, 32, 256] -> latents [n, 8, 16, 16]"""
-    done = []
+    done, base = [], METHODS["base"]
     for part in states.split(batch):
         x_t = torch.randn(len(part), 8, 16, 16, generator=generator)
         both = torch.cat([empty.expand_as(part), part])
-        for t, s in schedule.jumps(steps):
+
+        def estimate(x_t: Tensor, t: int, both: Tensor = both) -> tuple[Tensor, Tensor]:
             unconditional, conditional = unet(torch.cat([x_t, x_t]), t, both, return_dict=False)[0].float().chunk(2)
-            x0, eps = schedule.split(unconditional + g * (conditional - unconditional), x_t, t)
-            x_t = ddim_step(x0, eps, schedule.level(t), schedule.level(s))
-        done.append(x_t)
+            return schedule.split(unconditional + g * (conditional - unconditional), x_t, t)
+
+        *_, last = trajectory(schedule, base, grid(schedule, base, steps), x_t, estimate)
+        done.append(last.x)
     return torch.cat(done)
 
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hypersd.data import Dataset, Encoder, Sample, open_source, prepare
+from hypersd.data import Dataset, Encoder, Sample, Source, open_source, prepare
 from hypersd.data.coco import Outlined, open_coco
 from hypersd.data.dataset import Batch, Draws
 from hypersd.emoji import artwork
+from hypersd.train import processes
 
 PIECE = 500  # pictures
 
@@ -47,7 +48,7 @@ def captions(row: artwork.Picture) -> tuple[str, ...]:
 
 def dataset(runs: Path, encoder: Encoder) -> Masked:
     """The cache below `runs/data`, made where it is missing. Raises ArtworkError if there is no artwork yet."""
-    return Masked(prepare(Artwork(runs), encoder, runs / "data"), runs)
+    return Masked(shared(Artwork(runs), encoder, runs / "data"), runs)
 
 
 class Masked:
@@ -78,6 +79,13 @@ class Masked:
         return torch.from_numpy(np.array(self._masks[[self._places[row] for row in rows.tolist()]])).float() / 255
 
 
+def tells(data: str | None) -> tuple[str, ...]:
+    """What `opener`'s data can be asked about its pictures' objects, known before it is opened."""
+    if data is None:
+        return ("masks",)
+    return ("masks", "instances") if (Path(data) / "annotations").is_dir() else ()
+
+
 def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked | Outlined]:
     """A function that opens training data for a backbone: a person's own, cached below `runs`, or the artwork.
 
@@ -85,7 +93,13 @@ def opener(data: str | None, runs: Path) -> Callable[[Encoder], Dataset | Masked
     """
     if data is None:
         return lambda encoder: dataset(Path("runs/emoji"), encoder)
-    if (Path(data) / "annotations").is_dir():
+    if tells(data):
         coco = open_coco(Path(data))
-        return lambda encoder: Outlined(prepare(coco, encoder, runs / "data"), coco, encoder.picture_px)
-    return lambda encoder: prepare(open_source(data), encoder, runs / "data")
+        return lambda encoder: Outlined(shared(coco, encoder, runs / "data"), coco, encoder.picture_px)
+    return lambda encoder: shared(open_source(data), encoder, runs / "data")
+
+
+def shared(source: Source, encoder: Encoder, cache: Path) -> Dataset:
+    """The cache of a source; of several processes, as `accelerate launch` starts them, each encodes its share."""
+    here = processes()
+    return prepare(source, encoder, cache, rank=here.process_index, world=here.num_processes)

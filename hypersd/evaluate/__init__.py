@@ -32,7 +32,7 @@ def run(
         ModelError: the backbone cannot be loaded.
     """
     bench.need("matplotlib", "pyarrow")
-    backbone = Backbone.load(backbone_name, device=str(processes().device), engine=engine)
+    backbone = Backbone.load(backbone_name, device=str(processes().device), dtype=None, engine=engine)
     return run_on(backbone, wanted, folder, metrics, artwork)
 
 

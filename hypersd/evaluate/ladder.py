@@ -98,7 +98,7 @@ def run(
         sets="seen,composition,concept", methods=plan.TEACHER, steps=TEACHER_STEPS[1:],
         teacher_steps=TEACHER_STEPS[0], seeds=seeds, limit=limit,
     )  # fmt: skip
-    backbone = Backbone.load(backbone_name, device=str(state.device), engine=engine)
+    backbone = Backbone.load(backbone_name, device=str(state.device), dtype=None, engine=engine)
     record = wanted.record(backbone)
     plan.claim(folder, record)
     gallery.fill(wanted, folder, backbone, state.process_index, state.num_processes)

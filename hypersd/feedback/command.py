@@ -11,17 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hypersd.records import real_number, whole_number
+from hypersd.records import InputError, whole_number
 
 if TYPE_CHECKING:
     from hypersd.adapters import AdapterFile
-    from hypersd.feedback.refl import Asked
+    from hypersd.feedback.refl import Asked, Base
+    from hypersd.feedback.structure import Structure
     from hypersd.study.definition import Study
     from hypersd.study.votes import Store
     from hypersd.train import Recipe
 
 Lines = Iterator[str]
 MANY = 10**9
+CHANGED = {  # of the preset's recipe
+    "updates": "at most so many",
+    "batch": "latents an update",
+    "accumulate": "micro-batches an update: less memory, the same gradient",
+}
 
 
 class Action(NamedTuple):
@@ -107,9 +113,10 @@ def _refining_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, help="steps to draw with (default: one a segment of the parent)")
     parser.add_argument("--mode", default="reuse", help="reuse or rollout (default: %(default)s)")
-    parser.add_argument("--weight", type=float, default=0.05, help="of the rewards (default: %(default)s)")
+    parser.add_argument("--weight", default=0.05, help="of the rewards (default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the feedback's LoRA (default: 8, or what the parent has already)")
-    parser.add_argument("--updates", type=int, help="at most so many (default: the preset's)")
+    for option, what in CHANGED.items():
+        parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
     parser.add_argument("--checkpointing", action="store_true", help="take less memory and more time: activations are "
                         "computed again instead of kept")  # fmt: skip
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
@@ -121,56 +128,89 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
                         "given more than once (default: assets/emoji-reward)")  # fmt: skip
     parser.add_argument("--picker", required=True, help="folder of a reward that is not optimised and picks the update")
     parser.add_argument("--prompts", help="what the picker looks at: a text file, one prompt a line")
-    parser.add_argument("--structure", type=float, default=0.0, help="weight of the structure loss (default: none)")
-    parser.add_argument("--segmenter", default="assets/emoji-segmenter", help="of the structure loss")
+    parser.add_argument("--structure", default=0.0, help="weight of the structure loss (default: none)")
+    parser.add_argument("--segmenter", default="assets/emoji-segmenter", help="of the structure loss: ours, or a "
+                        "Mask2Former or MaskFormer, a folder or on the hub (default: %(default)s)")  # fmt: skip
     parser.add_argument("--runs", default="runs/refine", help="folder of the run (default: %(default)s)")
     parser.add_argument("--name", help="of its row in the app (default: the parent's and -refined)")
 
 
 def refine_run(given: argparse.Namespace) -> Lines:
     from hypersd import distill
-    from hypersd.adapters import beside, found, named
-    from hypersd.emoji import prompts, training
+    from hypersd.emoji import prompts
     from hypersd.evaluate import plan
-    from hypersd.feedback import refl, reward, structure
+    from hypersd.feedback import refl, reward
 
-    folder = Path(given.out) if given.out else beside(given.backbone)[1]
-    parent = named(found(folder), given.parent)
+    folder, parent, asked = _parent(given)
     name = distill.check_name(given.name or f"{parent.card.name}-refined", distill.find(parent.card.method))
-    asked = _asked(given, parent)
+    path = folder / f"{name}-{parent.card.segments}.safetensors"
+    runs = Path(given.runs) / path.stem
+    for place in (folder, runs):
+        distill.check_folder(place)
     looked_at = (
         plan.read(Path(given.prompts)) if given.prompts else [p for p in prompts.load() if p.set == "colour"][::4]
     )
-    rewards = [reward.load(Path(place)) for place in given.reward or ["assets/emoji-reward"]]
-    settings, _, _ = distill.preset(given.backbone)
-    backbone = distill.loader(given.backbone)()
-    data = training.opener(given.data, Path("runs/distill") / Path(given.backbone).name)(backbone)
-    objective = refl.Refinement(
-        backbone, data, parent, rewards, settings, asked, picker=reward.load(Path(given.picker)),
-        prompts=[p.text for p in looked_at],
-        structure=structure.Outline(Path(given.segmenter)) if given.structure else None,
-    )  # fmt: skip
-    if given.checkpointing:
-        objective.roles.checkpointing()
-    path = folder / f"{name}-{parent.card.segments}.safetensors"
-    made = refl.run(objective, _refining(given), Path(given.runs) / path.stem, path, name)
+    find = _segmenter(given, asked, parent)
+    *rewards, picker = (reward.load(Path(place)) for place in (*_rewards(given), given.picker))
+    recipe, texts = _recipe(given), [prompt.text for prompt in looked_at]
+    objective = _base(given).refinement(parent, rewards, asked, recipe, picker=picker, prompts=texts, structure=find)
+    made = refl.run(objective, recipe, runs, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
     yield f"{path}: after {made.look.step} updates {told}"
 
 
-def _asked(given: argparse.Namespace, parent: AdapterFile) -> Asked:
+def _rewards(given: argparse.Namespace) -> list[str]:
+    """Where the rewards are that are optimised. Raises InputError: the picker is one of them."""
+    rewards = given.reward or ["assets/emoji-reward"]
+    if Path(given.picker).resolve() in [Path(place).resolve() for place in rewards]:
+        raise InputError(
+            f"--picker {given.picker} is a reward that is optimised, so it would like whatever was made; choose "
+            "another, such as assets/emoji-scorer-a"
+        )
+    return rewards
+
+
+def _segmenter(given: argparse.Namespace, asked: Asked, parent: AdapterFile) -> Structure | None:
+    """What the structure loss goes by, if one is asked for and the data can be asked for what it needs."""
+    if not asked.structure:
+        return None
+    from hypersd.distill import find
+    from hypersd.emoji import training
+    from hypersd.feedback import refl, structure
+
+    loaded = structure.load(given.segmenter, given.backbone)
+    refl.check_structure(asked, find(parent.card.method), loaded.asks in training.tells(given.data))
+    return loaded
+
+
+def _parent(given: argparse.Namespace) -> tuple[Path, AdapterFile, Asked]:
+    """The folder of LoRA files, the one that is refined, and for what."""
+    from hypersd.adapters import beside, found, named
     from hypersd.feedback import loop
     from hypersd.feedback.refl import RANK, Asked, learned_rank
 
+    folder = Path(given.out) if given.out else beside(given.backbone)[1]
+    parent = named(found(folder), given.parent)
     rank = learned_rank(parent.card) or RANK if given.rank is None else given.rank
-    return Asked(loop.steps_for(parent, given.steps), given.mode, real_number(given.weight, "weight", 0.0, 100.0),
-                 structure=getattr(given, "structure", 0.0), rank=rank)  # fmt: skip
+    steps = loop.steps_for(parent, given.steps)
+    return folder, parent, Asked(steps, given.mode, given.weight, getattr(given, "structure", 0.0), rank=rank)
 
 
-def _refining(given: argparse.Namespace) -> Recipe:
+def _base(given: argparse.Namespace) -> Base:
+    from hypersd import distill
+    from hypersd.emoji import training
+    from hypersd.feedback.refl import Base
+
+    open_data = training.opener(given.data, Path("runs/distill") / Path(given.backbone).name)
+    settings = distill.preset(given.backbone).settings
+    return Base(distill.loader(given.backbone), open_data, settings, given.checkpointing)
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
     from hypersd.feedback import refl
 
-    return refl.RECIPE if given.updates is None else replace(refl.RECIPE, updates=given.updates)
+    changed = {name: value for name in CHANGED if (value := getattr(given, name)) is not None}
+    return replace(refl.RECIPE, **changed)
 
 
 def loop_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,28 +220,21 @@ def loop_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def loop_run(given: argparse.Namespace) -> Lines:
-    from hypersd import distill
-    from hypersd.adapters import beside, found, named
-    from hypersd.emoji import prompts, training
+    from hypersd.emoji import prompts
     from hypersd.feedback import loop
 
-    folder = Path(given.out) if given.out else beside(given.backbone)[1]
-    parent = named(found(folder), given.parent)
+    folder, parent, asked = _parent(given)
     own = [p.text for p in prompts.load() if p.set == "colour"] if given.backbone == "emoji" else []
     settings = loop.Settings(
-        _asked(given, parent),
+        asked,
         least=whole_number(given.least, "least", 1, MANY),
         annotators=_annotators(given),
         prompts=tuple(own[::4]),
         unseen=tuple(own[2::4]),
-        refine=_refining(given),
-        checkpointing=given.checkpointing,
+        refine=_recipe(given),
     )
     store, study = _study_of(given)
-    cached = Path("runs/distill") / Path(given.backbone).name
-    parts = (distill.loader(given.backbone), training.opener(given.data, cached), settings, Path(given.runs), folder)
-    learned = distill.preset(given.backbone).settings
-    yield from loop.run(store, study, Path(given.images), parent, *parts, training=learned)
+    yield from loop.run(store, study, Path(given.images), parent, _base(given), settings, Path(given.runs), folder)
 
 
 ACTIONS = {

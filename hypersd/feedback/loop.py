@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from hypersd.evaluate.measures import Metric, scored
 from hypersd.evaluate.plan import TEACHER, Arm, Plan
 from hypersd.feedback import pairs, refl, reward
 from hypersd.feedback.pairs import Preferences
-from hypersd.feedback.refl import Asked, Refinement
+from hypersd.feedback.refl import Asked, Base, Refinement
 from hypersd.methods import discover
 from hypersd.records import InputError, Problem
 from hypersd.study.definition import Study
@@ -57,7 +57,6 @@ class Settings:
     teacher: int = 25
     reward: Recipe = reward.RECIPE
     refine: Recipe = refl.RECIPE
-    checkpointing: bool = False
 
 
 def run(
@@ -65,13 +64,11 @@ def run(
     study: Study,
     images: Path,
     parent: AdapterFile,
-    load: Callable[[], Backbone],
-    open_data: Callable[[Backbone], distill.Data],
+    base: Base,
     settings: Settings,
     runs: Path,
     out: Path,
     *,
-    training: distill.Settings,
     start: Path | None = None,
 ) -> Iterator[str]:
     """Lines to print, as things come about; at the end the new LoRA lies in `out`.
@@ -84,54 +81,67 @@ def run(
     Raises:
         Problem: too few votes, and how many are missing; a reward that is no better than chance; nothing was liked
             better than the parent.
+        InputError: a folder cannot be written to; the data holds no pictures, or fewer than a batch.
     """
     votes = gather(store, study)
     found = pairs.of_votes(votes, images, annotators=settings.annotators)
     yield f"{len(votes.compared)} votes on {len(found.rows)} pairs of pictures, {found.decided} of them decided"
     pairs.check(found, settings.least)
-    digest = found.digest[:8]
-    folder = runs / digest
+    folder = runs / found.digest[:8]
+    for place in (folder, out):
+        distill.check_folder(place)
+    rewards = yield from taught(found, folder, settings.reward, start)
+    new = yield from refined(found, rewards, parent, base, settings, folder, out)
+    gc.collect()  # the network that learned hangs in a circle of references; what follows is drawn as the app draws it
+    unseen = list(dict.fromkeys((*_prompts(found, "test"), *settings.unseen)))
+    yield from evaluated(base.load(), parent, new, rewards, unseen, settings, folder)
+    yield ballot(study, folder, parent, new.card.name, settings.asked.steps)
+
+
+def taught(
+    found: Preferences, folder: Path, recipe: Recipe, start: Path | None
+) -> Generator[str, None, list[reward.Trained]]:
+    """The reward that leads and the one that picks, each of the votes on one half of the prompts."""
     rewards = []
     for number, name in enumerate(("leads", "picks")):
-        part = half(found, number)
-        card = reward.train(
-            part, folder / name, folder / f"reward-{name}", replace(settings.reward, seed=number), start=start
-        )
+        out = folder / f"reward-{name}"
+        card = reward.train(half(found, number), folder / name, out, replace(recipe, seed=number), start=start)
         yield f"the reward that {name} is {reward.describe(card)}"
         if card.accuracy <= CHANCE:
             raise Problem(
                 f"the reward that {name} is right on {100 * card.accuracy:.0f} % of the pairs it never saw, no better "
                 "than a coin; collect more votes, or votes that agree more"
             )
-        rewards.append(reward.Trained(folder / f"reward-{name}"))
-    name = f"{parent.card.name}-{digest}"
-    backbone = load()
-    held_out = {split: sorted({r.prompt for r in found.rows if r.split == split}) for split in ("validation", "test")}
-    objective = Refinement(
-        backbone,
-        distill.check_data(open_data(backbone), settings.refine),
-        parent,
-        rewards[:1],
-        training,
-        settings.asked,
-        picker=rewards[1],
-        prompts=[*held_out["validation"], *settings.prompts],
-        seed=settings.refine.seed,
-    )
-    if settings.checkpointing:
-        objective.roles.checkpointing()
+        rewards.append(reward.Trained(out))
+    return rewards
+
+
+def refined(
+    found: Preferences,
+    rewards: Sequence[reward.Trained],
+    parent: AdapterFile,
+    base: Base,
+    settings: Settings,
+    folder: Path,
+    out: Path,
+) -> Generator[str, None, AdapterFile]:
+    """The new LoRA in `out`, named by the votes, and how often it is liked better."""
+    leads, picks = rewards
+    prompts = [*_prompts(found, "validation"), *settings.prompts]
+    objective = base.refinement(parent, [leads], settings.asked, settings.refine, picker=picks, prompts=prompts)
+    name = f"{parent.card.name}-{found.digest[:8]}"
     path = out / f"{name}-{parent.card.segments}.safetensors"
     made = refl.run(objective, settings.refine, folder / "refine", path, name, votes=found.digest)
     yield (
         f"{path}: after {made.look.step} updates the reward that was not optimised says {made.look.value:.3f}, "
         f"of {parent.path.name} it says {made.before:.3f}"
     )
-    yield won(objective, rewards[1])
-    del objective, backbone  # the network that learned; what follows is drawn as the app draws it
-    gc.collect()  # it hangs in a circle of references
-    unseen = list(dict.fromkeys((*held_out["test"], *settings.unseen)))
-    yield from evaluated(load(), parent, made.file, rewards, unseen, settings, folder)
-    yield ballot(study, folder, parent, name, settings.asked.steps)
+    yield won(objective, picks)
+    return made.file
+
+
+def _prompts(found: Preferences, split: str) -> list[str]:
+    return sorted({row.prompt for row in found.rows if row.split == split})
 
 
 def half(found: Preferences, number: int) -> Preferences:

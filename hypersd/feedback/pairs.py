@@ -12,7 +12,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from hypersd.emoji.scorer import SIDE, shrink
 from hypersd.records import InputError, Problem
 from hypersd.study import quality
 from hypersd.study.pairs import Votes, pairs, split_of
+
+STRICTER = ("train", "validation", "test")  # splits, each kept cleaner than those before it
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,18 @@ class Shown:
         return torch.stack(self._pixels) if self._pixels else torch.empty(0, 3, SIDE, SIDE).half()
 
 
+def apart(rows: Iterable[Preference]) -> tuple[Preference, ...]:
+    """The rows with each prompt in one split: of several the strictest, so that nothing is learned from a prompt that
+    is judged by anywhere."""
+    rows = tuple(rows)
+    strictest: dict[str, str] = {}
+    for row in rows:
+        strictest[row.prompt] = max(strictest.get(row.prompt, row.split), row.split, key=STRICTER.index)
+    return tuple(replace(row, split=strictest[row.prompt]) for row in rows)
+
+
 def join(*parts: Preferences) -> Preferences:
-    """All of them; the ceiling is that of the first that knows one."""
+    """All of them, each prompt in one split; the ceiling is that of the first that knows one."""
     rows, before = [], 0
     for part in parts:
         rows += [
@@ -110,7 +122,7 @@ def join(*parts: Preferences) -> Preferences:
         ]
         before += len(part.pictures)
     known = [part.ceiling for part in parts if part.ceiling is not None]
-    return Preferences(torch.cat([part.pictures for part in parts]), tuple(rows), known[0] if known else None)
+    return Preferences(torch.cat([part.pictures for part in parts]), apart(rows), known[0] if known else None)
 
 
 def check(found: Preferences, least: int = 1) -> Preferences:
@@ -176,7 +188,7 @@ def read(path: Path) -> Preferences:
     """Preferences from a file as published data sets have them, or from a folder of such files.
 
     Known are Pick-a-Pic and plain preferences (parquet), ImageReward, HPD v2 and v3 (JSON). Files that are named after
-    a split belong to it, others are split by prompt.
+    a split belong to it, others are split by prompt; a prompt of several splits is in the strictest.
 
     Raises:
         InputError: there is no such file, or its columns are none of these.
@@ -185,12 +197,12 @@ def read(path: Path) -> Preferences:
     shown, rows = Shown(), []
     for file in files:
         for name, (prompt, first, second, share) in _rows(file):
-            split = file.stem if file.stem in ("train", "validation", "test") else split_of(prompt)
+            split = file.stem if file.stem in STRICTER else split_of(prompt)
             better, worse = (shown.add(_opened(end, file)) for end in (first, second))
             rows.append(Preference(prompt, better, worse, share, name, split))
     if not rows:
         raise InputError(f"{path} holds no preferences; name a parquet or JSON file, or a folder of them")
-    return Preferences(shown.tensor(), tuple(rows))
+    return Preferences(shown.tensor(), apart(rows))
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Row]]:

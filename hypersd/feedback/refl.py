@@ -4,20 +4,24 @@
 
 What is learned is a LoRA of its own on top of the distilled one, which stays as it is; a LoRA that was refined before
 goes on with the part that feedback taught it, so that no turn of the loop makes it longer. Each reward asks for no
-more than its threshold, ReLU(alpha - r) (eq. 13). The distillation loss stays on, since a reward alone leads away from
-pictures (trainers' experience: colours too rich, then noise). A reward that is not optimised picks the update to keep
-and ends the run.
+more than its threshold, ReLU(alpha - r) (eq. 13). A reward that is not optimised picks the update to keep and ends the
+run.
 
-Two ways to get a picture that a gradient flows through: `reuse` decodes the clean latent that the distillation step has
-just estimated, at no further network call; `rollout` draws as the student will be drawn with, from noise to a random
+A reward alone leads away from pictures (trainers' experience: colours too rich, then noise), so there is an anchor. It
+is the consistency loss that the parent's method was distilled with: LCM's to the clean picture, the others' along the
+trajectory. Adversary and score distillation are not gone on with: `hyper` is held by the consistency that it went on
+from. A `dmd`, which knows no timestep but the one it begins at, is held to its own pictures there.
+
+Two ways to get a picture that a gradient flows through: `reuse` decodes the clean latent that the anchor has just
+estimated, at no further network call; `rollout` draws as the student will be drawn with, from noise to a random
 step, and lets that one step learn. Structure is asked of `reuse` only, where the real picture and its mask are known.
 
-Silent in the paper and chosen here: thresholds are what preferred pictures reach, weights below.
+Silent in the paper and chosen here: the anchor, thresholds are what preferred pictures reach, weights below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +36,11 @@ from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
-from hypersd.generate import denoise
-from hypersd.methods import Stage
-from hypersd.methods.tcd import trajectories
-from hypersd.records import Adapter, InputError, Problem, Request
-from hypersd.solvers import ddim_step
-from hypersd.train import Recipe, Run, Step, processes
+from hypersd.generate import denoise, grid, trajectory
+from hypersd.methods import METHODS, Method, Stage, as_made, discover
+from hypersd.methods.base import Losses
+from hypersd.records import Adapter, InputError, Problem, Request, real_number, whole_number
+from hypersd.train import Recipe, Run, Step, processes, sharding
 
 MODES = ("reuse", "rollout")
 RECIPE = Recipe(updates=200, batch=16, lr=2e-4, warmup=10, cooldown=50, weight_decay=0.0, ema=0.95)
@@ -47,9 +50,10 @@ RANK = 8  # of a first turn's LoRA
 
 @dataclass(frozen=True)
 class Asked:
-    """How the rewards enter: `weight` of all, how many pictures of a batch are decoded for them, the LoRA's rank.
+    """How the rewards enter: `weight` of all, `structure` that of the structure loss, the LoRA's rank.
 
-    `steps` is the step count that `rollout` draws with and that the held-out reward looks at.
+    `pictures` of the whole batch are decoded for them. `steps` is the step count that `rollout` draws with and that the
+    held-out reward looks at.
     """
 
     steps: int
@@ -62,10 +66,15 @@ class Asked:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"the mode must be one of {', '.join(MODES)}, got {self.mode[:40]!r}")
+        for name in ("weight", "structure"):
+            object.__setattr__(self, name, real_number(getattr(self, name), name, 0.0, 100.0))
+        whole_number(self.pictures, "pictures", 1, 2**31)
+        if self.structure and self.mode != "reuse":
+            raise InputError(f"{self.mode} draws no picture whose structure is known; type --mode reuse")
 
 
 class Refinement(distill.Distillation):
-    """The objective: the method's own loss, with a LoRA that is learned on top of one that is not, and rewards."""
+    """The objective: rewards and an anchor, for a LoRA that is learned on top of one that is not."""
 
     def __init__(
         self,
@@ -85,16 +94,22 @@ class Refinement(distill.Distillation):
 
         Raises:
             InputError: the parent is of a method that is not known, or of another base, or has learned from feedback
-                with another rank; no reward is given.
+                with another rank; no reward is given; structure is asked of a parent or of data without any.
         """
-        method = distill.find(parent.card.method)
+        method = as_made(distill.find(parent.card.method), parent.card)
         if not rewards and not structure:
             raise InputError("no reward is given, so there is nothing to refine for")
-        stage = Stage(segments=parent.card.segments, offset_noise=0.0)
-        super().__init__(backbone, data, replace(method, learners=("student",)), stage,
-                         replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed)  # fmt: skip
+        check_base(parent, backbone)
+        self.consistency = consistency(method)
+        check_structure(asked, method, structure is not None and hasattr(data, structure.asks))
+        super().__init__(
+            backbone, data, replace(method, learners=("student",)), Stage(segments=parent.card.segments),
+            replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed,
+        )  # fmt: skip
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
+        self.start = min(self.start, parent.card.start)
+        self.inherited = distill.inherited(parent.card, *distill.ORIGIN, "spacing")
         self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
@@ -133,29 +148,46 @@ class Refinement(distill.Distillation):
         return x0, eps
 
     def losses(self, step: Step) -> Iterator[tuple[str, Tensor]]:
-        at = self.places(step)
-        prediction, target = trajectories(self, at)
-        kept = (prediction - target).square().mean()
-        count = min(self.asked.pictures, len(at.t))
-        if self.asked.mode == "reuse":
+        """Each part of a batch decodes those of its places that are among the first `pictures` of the whole batch, and
+        weighs them so that all parts together have the mean over these."""
+        loss = self._anchor(step)
+        asked, whole = self.asked, step.recipe.batch
+        count = sum(place < asked.pictures for place in step.part)
+        share = whole / len(step.part) / min(asked.pictures, whole)
+        if asked.mode == "rollout" and (count or sharding()):  # processes that share the base call it equally often
+            pictures, captions = self._rolled_out(step, count or 1)
+            loss = loss + asked.weight * (share if count else 0.0) * self._missing(pictures, captions)
+        elif count:
             assert self._x0 is not None, "the student has just made an estimate"
-            pictures, captions = self.backbone.picture(self._x0[:count]), self._captions(count)
-            wrong = self._lost_structure(pictures, step, count)
-        else:
-            pictures, captions = self._rolled_out(step, count)
-            wrong = pictures.new_zeros(())
-        missing = sum((r.threshold - r(pictures, captions)).relu().mean() for r in self.rewards)  # eq. 13
-        yield "student", kept + self.asked.weight * missing + self.asked.structure * wrong
+            pictures = self.backbone.picture(self._x0[:count])
+            loss = loss + asked.weight * share * self._missing(pictures, self._captions(count))
+            loss = loss + asked.structure * share * self._lost_structure(pictures, step, count)
+        yield "student", loss
+
+    def _anchor(self, step: Step) -> Tensor:
+        """What keeps the student near what it was distilled to be."""
+        if self.consistency:
+            return next(self.consistency(self, step))[1]
+        at = self.beginnings(step)
+        with self.roles.wear(*self._before), torch.no_grad():
+            before, _ = self.schedule.split(self._call(at.x_t, at.t, at.states), at.x_t, at.t)
+        x0, _ = self.estimate("student", at.x_t, at.t, at.states)
+        return (x0 - before).square().mean()
+
+    def _missing(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """By how much rewards fall short of their thresholds (eq. 13), summed over rewards and pictures."""
+        return sum(((r.threshold - r(pictures, captions)).relu().sum() for r in self.rewards), pictures.new_zeros(()))
 
     def _captions(self, count: int) -> list[str]:
         captions: list[str] = self._batch.captions[:count]  # type: ignore[attr-defined]
         return captions
 
     def _lost_structure(self, pictures: Tensor, step: Step, count: int) -> Tensor:
-        """Eq. 14, against the masks of the real pictures; 0 where no structure is asked for."""
+        """Eq. 14, against the real pictures, summed over pictures; 0 where no structure is asked for."""
         if self.structure is None or not self.asked.structure:
             return pictures.new_zeros(())
-        return self.structure(pictures, self.data.masks(step.rows(len(self.data))[:count])).mean()  # type: ignore[attr-defined]
+        truth = getattr(self.data, self.structure.asks)(step.rows(len(self.data))[:count])
+        return self.structure(pictures, truth).sum()
 
     def _rolled_out(self, step: Step, count: int) -> tuple[Tensor, list[str]]:
         """The student's own drawing from noise to a random step, which alone learns; what it then has in mind.
@@ -164,14 +196,16 @@ class Refinement(distill.Distillation):
         """
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
-        jumps = self.schedule.jumps(self.asked.steps)
+        jumps = grid(self.schedule, self.method, self.asked.steps, self.start)
         last = int(torch.randint(len(jumps), (), generator=Step(step.index, step.recipe).generator("rollout")))
-        for number, (t, s) in enumerate(jumps[: last + 1]):
+        noises = (step.randn(f"rollout {n}", x_t.shape[1:])[:count].to(x_t) for n in range(len(jumps)))
+
+        def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
             where = torch.full((count,), t, device=x_t.device)
-            x0, eps = self.estimate("student", x_t, where, states, learn=number == last)
-            if number < last:
-                x_t = ddim_step(x0, eps, self.schedule.level(t), self.schedule.level(s))
-        return self.backbone.picture(x0), captions
+            return self.estimate("student", x_t, where, states, learn=t == jumps[last][0])
+
+        *_, taken = trajectory(self.schedule, self.method, jumps[: last + 1], x_t, estimate, noises.__next__)
+        return self.backbone.picture(taken.x0), captions
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -196,13 +230,71 @@ class Refinement(distill.Distillation):
 
     @torch.no_grad()
     def drawn(self, *, refined: bool = True) -> Tensor:
-        """Latents of the prompts at the step count asked for, a noise of its own for each. [prompts, c, h, w]"""
-        row = replace(self.method, adapted=False, eta=self.parent.card.eta)
+        """Latents of the prompts as the app draws them at the step count asked for, a noise of its own for each.
+
+        [prompts, c, h, w]
+        """
+        row = replace(self.method, adapted=False)  # the network wears it already
         with self.roles.wear(*(["parent", "student"] if refined else self._before)):
             return torch.cat([
-                denoise(self.backbone, Request(prompt, number, self.asked.steps, guidance=1.0), row).x
+                denoise(self.backbone, Request(prompt, number, self.asked.steps), row, start=self.start).x
                 for number, prompt in enumerate(self.settings.prompts)
             ])  # fmt: skip
+
+
+def check_base(parent: AdapterFile, backbone: Backbone) -> None:
+    """InputError if the app does not draw with a LoRA on this base, so that it would not with what is made of it."""
+    row = discover([parent], backbone.network_sha256).get(parent.card.name)
+    if row is not None and row.adapters:
+        return
+    if parent.card.base_sha256 != backbone.network_sha256:
+        raise InputError(
+            f"{parent.path.name} was trained on another base than {backbone.name}; train it again, beginning with it: "
+            f"python -m hypersd distill {parent.card.method} --begin {parent.path}"
+        )
+    raise InputError(f"{parent.path.name} calls itself {parent.card.name!r}, which is another method's; train it again")
+
+
+def consistency(method: Method) -> Losses | None:
+    """The loss that taught a method's student consistency, or the student it went on from; None if nothing did."""
+    taught = METHODS[method.begins_with] if method.begins_with else method
+    return taught.losses if taught.learners == ("student",) else None
+
+
+def check_structure(asked: Asked, method: Method, known: bool) -> None:
+    """InputError where structure is asked for and cannot be told: the method draws from noise alone, or of the data's
+    pictures nothing is `known`."""
+    if asked.structure and consistency(method) is None:
+        raise InputError(f"{method.name} redraws no picture, so none whose structure is known; leave --structure out")
+    if asked.structure and not known:
+        raise InputError(
+            "the structure of these pictures is not known; give a folder of COCO as --data and a model of transformers "
+            "as --segmenter, or refine the embedded model on its artwork"
+        )
+
+
+@dataclass(frozen=True)
+class Base:
+    """On what a LoRA is refined: `load` gives the base model, `open_data` captioned latents for it.
+
+    With `checkpointing` no activations are kept but computed again; a run stays the same.
+    """
+
+    load: Callable[[], Backbone]
+    open_data: Callable[[Backbone], distill.Data]
+    settings: distill.Settings
+    checkpointing: bool = False
+
+    def refinement(
+        self, parent: AdapterFile, rewards: Sequence[Reward], asked: Asked, recipe: Recipe, **given: Any
+    ) -> Refinement:
+        """Raises InputError as `Refinement` does, which `given` is for; or the data holds no pictures, or too few."""
+        backbone = self.load()
+        data = distill.check_data(self.open_data(backbone), recipe)
+        made = Refinement(backbone, data, parent, rewards, self.settings, asked, seed=recipe.seed, **given)
+        if self.checkpointing:
+            made.roles.checkpointing()
+        return made
 
 
 @dataclass(frozen=True)

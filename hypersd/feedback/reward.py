@@ -28,6 +28,7 @@ from hypersd import intervals, scores
 from hypersd.checkpoint import sha256
 from hypersd.emoji import scorer
 from hypersd.feedback.pairs import Preferences
+from hypersd.folders import read_tensors
 from hypersd.records import InputError, Problem
 from hypersd.train import Recipe, Run, Step
 
@@ -176,14 +177,15 @@ class Look:
     value: float
 
 
-def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE, minutes: float | None = None) -> Look:
+def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE) -> Look:
     """Train, look every so many updates, and end with the averaged weights that measured highest `by` on the sheet.
 
     The start counts too, and of equals the first. Ends early after `patience` looks without a better one. Killed and
     started again it goes on, to the same end.
 
     Raises:
-        Problem: `minutes` were up before the end; or a measure was not finite.
+        Problem: a measure was not finite.
+        Stopped: a signal came.
     """
     file, best = run.folder / LOOKS, run.folder / "best.safetensors"
     looks = _of_first([look for look in looks_in(run.folder) if look.step <= run.step])
@@ -203,10 +205,7 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
         behind = sum(look.step > chosen.step for look in looks)
         if run.step >= run.recipe.updates or behind >= patience:
             break
-        if not run.advance(until=(run.step // every + 1) * every, minutes=minutes):
-            raise Problem(
-                f"{run.folder.name}: {run.step} updates done, time is up; run the same command again to go on"
-            )
+        run.advance(until=(run.step // every + 1) * every)
     run.processes.wait_for_everyone()
     _load(run, best)
     return chosen
@@ -317,8 +316,8 @@ class Trained:
         """Raises InputError: there is no reward model in `folder`; ArtworkError: it is of another text encoder."""
         try:
             self.card = Card(**json.loads((folder / CARD).read_text(encoding="utf-8")))
-            head = load_file(folder / "head.safetensors")["weight"]
-        except (OSError, ValueError, TypeError) as error:
+            head = read_tensors(folder / "head.safetensors")["weight"]
+        except (OSError, ValueError, TypeError, KeyError) as error:  # InputError is a ValueError
             raise InputError(
                 f"there is no whole reward model in {folder} ({type(error).__name__}); "
                 "train one with: python -m hypersd reward"

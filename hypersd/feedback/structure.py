@@ -1,16 +1,19 @@
-"""Structure: a frozen network that finds the object in a picture, and how wrong it is about a drawn one.
+"""Structure: a frozen network that finds the objects in a picture, and how wrong it is about a drawn one.
 
     python -m hypersd segmenter
 
 A real picture and its mask are known; the student draws that picture again from noise. Where the segmenter cannot find
 the object any more, its shape was lost (Hyper-SD, arXiv:2404.13686, eq. 14; UniFL, arXiv:2404.05595). The embedded
 model has masks without error, since its artwork comes with transparency, and a small segmenter of its own. Other models
-take an instance segmentation model of transformers, with the masks of COCO.
+take an instance segmentation model of transformers, with the masks and classes of COCO's objects (the paper: SOLO,
+which is not among them).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,25 +22,35 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hypersd.adapters import beside
 from hypersd.checkpoint import sha256
 from hypersd.emoji import artwork
 from hypersd.emoji.autoencoder import to_float
+from hypersd.folders import read_tensors
+from hypersd.hub import fetched
 from hypersd.records import InputError
+from hypersd.scores import WHOLE
 from hypersd.train import Recipe, Run, Step
 
 SIDE = 64  # pixels
 RECIPE = Recipe(updates=600, batch=32, lr=3e-3, warmup=20, cooldown=300, ema=0.98)
 WEIGHTS = "segmenter.safetensors"
+OWN, PUBLISHED = "assets/emoji-segmenter", "facebook/mask2former-swin-tiny-coco-instance"
 
 
 class Structure(Protocol):
-    """How badly the objects of `masks` are found in pictures; 0 is not at all badly. Differentiable in the pictures."""
+    """How badly objects are found in pictures; 0 is not at all badly. Differentiable in the pictures.
 
-    def __call__(self, pixels: Tensor, masks: Tensor) -> Tensor:
-        """float [n, 3, h, w] in -1..1, float [n, h, w] in 0..1 -> [n]"""
+    What is known of the real pictures is what the data says of their rows when it is asked for it by the name `asks`.
+    """
+
+    asks: str
+
+    def __call__(self, pixels: Tensor, truth: Any) -> Tensor:
+        """float [n, 3, h, w] in -1..1 -> [n]; it works where the pictures are."""
         ...
 
 
@@ -149,49 +162,90 @@ def train(
 
 
 class Outline:
-    """The embedded model's `Structure`: its own segmenter, frozen."""
+    """The embedded model's `Structure`: its own segmenter, frozen. Masks are float [n, h, w] in 0..1."""
+
+    asks = "masks"
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError: there is no segmenter in `folder`."""
-        try:
-            weights = load_file(folder / WEIGHTS)
-        except OSError:
-            raise InputError(f"there is no segmenter in {folder}; train it with: python -m hypersd segmenter") from None
+        """Raises InputError: there is no segmenter in `folder`, or it cannot be read."""
+        if not (folder / WEIGHTS).is_file():
+            raise InputError(f"there is no segmenter in {folder}; train it with: python -m hypersd segmenter")
+        weights = read_tensors(folder / WEIGHTS)
         self.model = Segmenter()
         self.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         self.model.requires_grad_(False).eval()
         self.sha256 = sha256(folder / WEIGHTS)
 
-    def __call__(self, pixels: Tensor, masks: Tensor) -> Tensor:
-        return wrongness(self.model(shrink(pixels.float())), shrink(masks[:, None])[:, 0])
+    def __call__(self, pixels: Tensor, truth: Tensor) -> Tensor:
+        found = self.model.to(pixels.device)(shrink(pixels.float()))
+        return wrongness(found, shrink(truth[:, None].to(pixels.device))[:, 0])
 
 
 class Instances:
     """A universal segmentation model of transformers (Mask2Former, MaskFormer) as `Structure`: its own training loss.
 
-    All instances of a picture may be given as [instances, h, w] with their classes; a mask alone is one of class 0.
+    What is known of a picture are its objects, bool [objects, h, w], and their classes, int64 [objects]. One without
+    objects has nothing to lose.
     """
 
+    asks = "instances"
     MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
     def __init__(self, model: Any, side: int = 384) -> None:
+        """Raises InputError: the model has no loss over masks and their classes."""
+        takes = inspect.signature(model.forward).parameters
+        if not {"mask_labels", "class_labels"} <= takes.keys() or "task_inputs" in takes:
+            kind = type(model).__name__
+            raise InputError(f"{kind} is not taught masks and classes alone; choose a Mask2Former or a MaskFormer")
         self.model, self.side = model.requires_grad_(False).eval(), side
 
-    def __call__(self, pixels: Tensor, masks: Tensor) -> Tensor:
-        labels = [[torch.zeros(1, dtype=torch.long)] for _ in masks]
-        return self.of([m[None] for m in masks], [label[0] for label in labels], pixels)
-
-    def of(self, masks: Sequence[Tensor], classes: Sequence[Tensor], pixels: Tensor) -> Tensor:
-        """The loss of each picture [n]; masks [instances, h, w] and classes [instances] one entry a picture."""
+    def __call__(self, pixels: Tensor, truth: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        self.model.to(pixels.device)
         size = (self.side, self.side)
-        x = F.interpolate(pixels / 2 + 0.5, size, mode="bilinear", antialias=True, align_corners=False)
+        x = F.interpolate(pixels.float() / 2 + 0.5, size, mode="bilinear", antialias=True, align_corners=False)
         x = (x - x.new_tensor(self.MEAN).view(3, 1, 1)) / x.new_tensor(self.SPREAD).view(3, 1, 1)
-        losses = [
-            self.model(
-                pixel_values=one[None],
-                mask_labels=[F.interpolate(m[None].float(), size, mode="nearest")[0]],
-                class_labels=[c],
-            ).loss.reshape(())
-            for one, m, c in zip(x, masks, classes, strict=True)
-        ]
-        return torch.stack(losses)
+        return torch.stack([self._loss(one, *known) for one, known in zip(x, truth, strict=True)])
+
+    def _loss(self, x: Tensor, masks: Tensor, classes: Tensor) -> Tensor:
+        if not len(classes):
+            return x.new_zeros(())
+        if (last := int(classes.max())) >= self.model.config.num_labels:
+            raise InputError(
+                f"the segmenter knows {self.model.config.num_labels} classes and the data has one numbered {last}; "
+                f"choose one that learned from the same data, such as {PUBLISHED}"
+            )
+        labels = F.interpolate(masks[None].to(x), x.shape[-2:], mode="nearest")
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.manual_seed(int(masks.sum()))  # the pixels it compares, the same ones in a run that was resumed
+            found = self.model(pixel_values=x[None], mask_labels=[*labels], class_labels=[classes.to(x.device)])
+        loss: Tensor = found.loss.reshape(())
+        return loss
+
+
+def load(place: str, backbone: str) -> Structure:
+    """The segmenter in a folder, ours or one of transformers, or of the hub by its name.
+
+    Raises:
+        InputError: there is none, or it cannot be read or used; it is ours, which only knows the embedded model's kind.
+    """
+    folder = Path(place)
+    if place == OWN or (folder / WEIGHTS).is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        if beside(backbone)[0].resolve() != beside("emoji")[0].resolve():
+            raise InputError(
+                f"{place} knows single icons on white, not what {backbone} draws; choose a model of transformers that "
+                f"learned from COCO: --segmenter {PUBLISHED}"
+            )
+        return Outline(folder)
+    if importlib.util.find_spec("scipy") is None:
+        raise InputError("models of transformers tell objects apart with scipy; install it: pip install scipy")
+    from transformers import AutoModelForUniversalSegmentation
+
+    advice = f"choose a Mask2Former or MaskFormer of transformers, in a folder or on the hub, such as {PUBLISHED}"
+    source = folder if folder.is_dir() else fetched(place, WHOLE, advice)
+    try:
+        model = AutoModelForUniversalSegmentation.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise InputError(f"the segmenter {place} cannot be loaded ({reason}); {advice}") from error
+    side = getattr(model.config, "image_size", 384)
+    return Instances(model, side if isinstance(side, int) else 384)

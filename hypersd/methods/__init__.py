@@ -32,7 +32,7 @@ from hypersd.methods import (
 from hypersd.methods.base import Method, Stage, StepRange
 from hypersd.records import Adapter, InputError
 
-__all__ = ["METHODS", "Method", "Stage", "StepRange", "discover", "find", "installed"]
+__all__ = ["METHODS", "Method", "Stage", "StepRange", "as_made", "discover", "find", "installed"]
 
 _FILES = (
     *(teacher, lcm, tcd, pcm, pcm_cfg, perflow, turbo, lightning, lightning_unet, flash, dmd2),
@@ -95,11 +95,15 @@ def _misfit(card: Adapter, base_sha256: str, others: Sequence[AdapterFile]) -> s
 
 def _row(method: Method, name: str, files: Sequence[AdapterFile]) -> Method:
     title = method.title if name == method.name else f"{method.title}: {name}"  # two rows of a method are told apart
-    card = files[0].card
-    licence, spacing = str(card.recipe.get("licence", method.licence)), str(card.recipe.get("spacing", method.spacing))
-    drawn = replace(method, guidance=card.guidance, eta=card.eta, spacing=spacing)  # as a release's makers say, or ours
+    drawn = as_made(method, files[0].card)
     fewest = min(file.card.segments for file in files)
     steps = method.steps
     if 1 < fewest < steps.low:  # a release for fewer steps than are trained here
         steps = StepRange(fewest, steps.high, (fewest, *steps.suggested))
-    return replace(drawn, name=name, title=title, licence=licence, steps=steps, adapters=tuple(files))
+    return replace(drawn, name=name, title=title, steps=steps, adapters=tuple(files))
+
+
+def as_made(method: Method, card: Adapter) -> Method:
+    """The method as it is drawn with an adapter: as a release's makers say, or ours."""
+    licence, spacing = str(card.recipe.get("licence", method.licence)), str(card.recipe.get("spacing", method.spacing))
+    return replace(method, guidance=card.guidance, eta=card.eta, spacing=spacing, licence=licence)

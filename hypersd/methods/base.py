@@ -212,23 +212,8 @@ class Method:
         return f"get {what}{' again' * (what == 'it')} with: python -m hypersd fetch {backbone} {self.name}"
 
     def describe(self) -> dict[str, Any]:
-        """The row without its functions, ready for JSON."""
-        hidden = (
-            "step",
-            "steps",
-            "otherwise",
-            "sigma_start",
-            "windows",
-            "smaller",
-            "exact",
-            "adapted",
-            "losses",
-            "stages",
-            "begins_with",
-            "learners",
-            "keeps_guidance",
-            "adapters",
-        )
-        row = {name: value for name, value in vars(self).items() if name not in hidden}
+        """What a person or a program that draws may ask of the row, ready for JSON."""
+        shown = ("name", "title", "paper", "summary", "sampler", "guidance", "eta", "spacing", "licence")
+        row = {name: getattr(self, name) for name in shown}
         adapters = [{"file": a.path.name, "sha256": a.sha256, **asdict(a.card)} for a in self.adapters]
         return {**row, "steps": asdict(self.steps), "adapters": adapters}

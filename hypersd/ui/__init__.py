@@ -63,9 +63,9 @@ def build(
         draw: paints one panel; an `engine.Engine`, or a fake one in tests.
         methods: the rows to offer, in the order of their panels.
         reference: method and step count that every panel is held against.
-        credits: Markdown for the footer; None reads assets/CREDITS.md if there is one.
+        credits: Markdown for the footer; None reads assets/CREDITS.md, which is the embedded model's.
         pool: the blind study with its pictures; None for no tabs of it.
-        backbone: of which published figures are shown.
+        backbone: of which licence and published figures are shown.
     """
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
@@ -92,9 +92,9 @@ def build(
         if figures := measured.page(folders.measured(backbone)):
             with gr.Accordion("Measured: quality and seconds of every method", open=False, elem_id="hs-measured"):
                 gr.HTML(figures, apply_default_css=False)
-        if text := _credits() if credits is None else credits:
-            with gr.Accordion("Artwork and licences", open=False, elem_id="hs-credits"):
-                gr.Markdown(text)
+        own = _credits() if credits is None and backbone == "emoji" else credits or ""
+        with gr.Accordion("Models and licences", open=False, elem_id="hs-credits"):
+            gr.Markdown(f"{_licences(backbone, methods)}\n\n{own}".strip())
     return demo
 
 
@@ -150,6 +150,16 @@ def _theme() -> gr.themes.Base:
     # Fonts of the reader's own system: nothing is fetched.
     sans, mono = ([gr.themes.Font(name) for name in names] for names in (FONTS, MONO))
     return gr.themes.Base(primary_hue="indigo", neutral_hue="stone", font=sans, font_mono=mono)
+
+
+def _licences(backbone: str, methods: Mapping[str, MethodRow]) -> str:
+    """As Markdown: what the base model may be used for, and what was learned on top of it."""
+    lines = [
+        "| drawn with | licence |",
+        "| --- | --- |",
+        f"| the base model, {Path(backbone).name} | {folders.licence(backbone)} |",
+    ]
+    return "\n".join(lines + [f"| {row.title} | {row.licence} |" for row in methods.values() if row.adapted])
 
 
 def _credits() -> str:

@@ -49,7 +49,8 @@ def _speed(content: Mapping[str, Any], folder: Path) -> Iterator[str]:
     yield "<section><h2>Seconds, in ratios</h2>"
     yield from _plot(folder / "bench.png", "Ratios of timings with their intervals")
     machine = content["machine"]
-    yield f"<p>{escape(str(machine['processor']))}, {machine['threads']} threads, {content['rounds']} rounds.</p>"
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    yield f"<p>{escape(str(where))}, {content['rounds']} rounds.</p>"
     rows = [
         [row["title"], f"{row['value']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"]
         for row in content["ratios"].values()
