@@ -97,7 +97,7 @@ class Backbone:
         name, folder, licence = folders.find_folder(laid_out(name_or_folder))
         folders.check_folder(folder, name)
         family = CLASSES[folders.read_json(folder, name, "model_index.json")["_class_name"]]
-        dtype = dtype or (torch.float32 if device == "cpu" else family.half)
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else family.half)
         parts = folders.load_parts(folder, name, dtype)
         about = folders.parts(folder, name)
         try:
