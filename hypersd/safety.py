@@ -155,8 +155,8 @@ def load(folder: Path | None = None, device: str = "cpu") -> Checker:
     folder = folder or _fetched()
     whole = (folder / "model.safetensors").is_file()
     network, report = StableDiffusionSafetyChecker.from_pretrained(
-        folder, use_safetensors=True, variant=None if whole else "fp16",
-        dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16, local_files_only=True, output_loading_info=True,
+        folder, use_safetensors=True, variant=None if whole else "fp16", local_files_only=True,
+        dtype=torch.float32 if torch.device(device).type == "cpu" else torch.float16, output_loading_info=True,
     )  # fmt: skip
     if lost := sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])}):
         raise InputError(f"the safety checker in {folder} lacks {len(lost)} tensors such as {lost[0]}")

@@ -250,6 +250,22 @@ def test_the_gradient_is_the_same_however_the_batch_is_cut(backbone: Backbone, p
         assert float((gradient - whole).norm() / whole.norm()) < 1e-4
 
 
+def test_processes_that_share_the_base_call_it_equally_often(
+    backbone: Backbone, parent: AdapterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has no picture to decode waits for the others' blocks otherwise; what it rolls out weighs nothing."""
+    monkeypatch.setattr(refl, "sharding", lambda: True)
+    calls, losses = [], []
+    for weight in (0.0, 5.0):
+        objective = made(Backbone.load(backbone.folder), parent, Asked(4, "rollout", weight=weight, pictures=2, rank=2))
+        for part in (range(2), range(2, 4)):
+            with counted(objective.network) as counts:
+                losses.append(float(next(objective.losses(Step(0, RECIPE, part)))[1].detach()))
+            calls.append((counts["with gradient"], counts["without gradient"]))
+    assert len(set(calls)) == 1 and calls[0][0] == 2
+    assert losses[0] != losses[2] and losses[1] == losses[3]
+
+
 @pytest.mark.parametrize(("mode", "calls"), [("reuse", (1, 2)), ("rollout", (2, None))])
 def test_reuse_takes_no_further_call(
     backbone: Backbone, parent: AdapterFile, mode: str, calls: tuple[int, int | None]
