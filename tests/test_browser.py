@@ -607,8 +607,8 @@ def test_everything_has_a_name(viewer: Visit) -> None:
 
 
 LOOKS = {
-    "screen-desktop": ("desktop", "light", 1.5, "prompt=grinning+face&seed=0&steps=4", "#hs-header"),
-    "screen-phone": ("phone", "dark", 2, "prompts=grinning+face&seeds=0&steps=1,2,4,8", "#hs-grid"),
+    "screen-desktop": ("desktop", "light", 1.5, "prompt=blue+heart,+twemoji+style&seed=0&steps=4", "#hs-header"),
+    "screen-phone": ("phone", "dark", 2, "prompts=blue+heart,+twemoji+style&seeds=0&steps=1,2,4,8", "#hs-grid"),
 }
 
 
