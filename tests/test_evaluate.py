@@ -368,6 +368,21 @@ def test_without_judge_and_artwork_the_rest_is_measured(
     assert yard.record() == {"measure": "not there", "reward": "not there"}
 
 
+def test_students_are_held_to_the_teacher_at_the_guidance_that_taught_them(
+    tiny_backbone: Backbone, results: Path
+) -> None:
+    """Only the teacher's pictures are drawn at it; it is part of the plan, so no folder mixes two."""
+    taught = small(guidance="2.5")
+    guidance = {arm.method: taught.request(0, 0, arm).guidance for arm in taught.arms}
+    assert guidance == {"base": 2.5, "second": None}
+    record = taught.record(tiny_backbone)
+    assert record["teacher_guidance"] == 2.5 and "teacher_guidance" not in small().record(tiny_backbone)
+    with pytest.raises(InputError, match="it differs in teacher_guidance"):
+        plan.claim(results, {**json.loads((results / plan.PLAN).read_text(encoding="utf-8")), "teacher_guidance": 2.5})
+    with pytest.raises(InputError, match="guidance must be a number from 0 to 30, got 'much'"):
+        small(guidance="much")
+
+
 def test_what_fails_on_the_ladder_is_dropped_with_its_figure(
     results: Path, tiny_folder: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

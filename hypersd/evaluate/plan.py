@@ -18,7 +18,7 @@ from hypersd.backbone import Backbone
 from hypersd.emoji import prompts as emoji
 from hypersd.emoji.prompts import Prompt
 from hypersd.methods import Method, installed
-from hypersd.records import STEPS_MAX, InputError, Request, clean_prompt, whole_number
+from hypersd.records import STEPS_MAX, InputError, Request, clean_prompt, real_number, whole_number
 
 TEACHER = "base"  # the row of METHODS that the others are measured against
 STEPS, TEACHER_STEPS = "1,2,4,8", "25,50"
@@ -44,7 +44,7 @@ class Plan:
     """`seeds` pictures of every prompt by every arm; `reference` is the teacher that the others are compared with.
 
     `impossible` says why a method was left out at a step count; `methods` are the rows that draw; `rivals` are pairs of
-    arms to be compared with each other by every metric.
+    arms to be compared with each other by every metric; `guidance` is the teacher's, None for what it was made for.
     """
 
     prompts: tuple[Prompt, ...]
@@ -54,6 +54,7 @@ class Plan:
     impossible: tuple[str, ...] = ()
     methods: Mapping[str, Method] = field(default_factory=dict, repr=False, compare=False)
     rivals: tuple[tuple[Arm, Arm], ...] = ()
+    guidance: float | None = None
 
     @property
     def sets(self) -> dict[str, list[int]]:
@@ -64,7 +65,8 @@ class Plan:
         return found
 
     def request(self, number: int, index: int, arm: Arm) -> Request:
-        return Request(self.prompts[number].text, seed(self.prompts[number], index), arm.steps)
+        guidance = self.guidance if arm.method == TEACHER else None
+        return Request(self.prompts[number].text, seed(self.prompts[number], index), arm.steps, guidance)
 
     def record(self, backbone: Backbone) -> dict[str, Any]:
         """All that decides what the pictures look like, ready for JSON."""
@@ -80,6 +82,7 @@ class Plan:
             "seeds": self.seeds,
             "arms": [str(arm) for arm in self.arms],
             "reference": str(self.reference),
+            **({} if self.guidance is None else {"teacher_guidance": self.guidance}),
             "methods": {arm.method: self.methods[arm.method].describe() for arm in self.arms},
         }
 
@@ -100,6 +103,7 @@ def make(
     teacher_steps: object = TEACHER_STEPS,
     seeds: object = 4,
     limit: object = None,
+    guidance: object = None,
 ) -> Plan:
     """The plan of what a person typed; lists may be text with commas.
 
@@ -108,6 +112,7 @@ def make(
         sets: names of the frozen sets, all by default; `file` instead: a person's own prompts, one a line.
         methods: names of methods that can draw on it, all by default. The teacher is always drawn at `teacher_steps`.
         limit: at most so many prompts a set, spread evenly.
+        guidance: of the teacher, for students that learned from it at another scale than it is drawn with.
 
     Raises:
         InputError: something is unknown or out of its range, with the nearest name that is known.
@@ -130,6 +135,7 @@ def make(
         reference=Arm(TEACHER, teacher[-1]),
         impossible=tuple(impossible),
         methods=rows,
+        guidance=None if guidance is None else real_number(guidance, "guidance", 0.0, 30.0),
     )
 
 

@@ -109,7 +109,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"{plan['backbone']} (weights {plan['base_sha256'][:12]}), {plan['prompts']} prompts "
         f"({plan['prompts_sha256'][:12]}), {plan['seeds']} drawings of each, the same noise for every method. "
         f"Figures are means over prompts with 95 % bootstrap intervals over prompts. "
-        f"The teacher is {plan['reference']}. {content['ladder']['note']}",
+        f"The teacher is {_teacher(plan)}. {content['ladder']['note']}",
         "![quality against network calls](quality.png)",
         "How long pictures took is in seconds.json and seconds.png, apart from this page, which is equal in every run.",
     ]
@@ -207,6 +207,11 @@ def _paper(content: Mapping[str, Any]) -> list[str]:
                 lines.append(_line([row.label, str(row.steps), *cells, *map(str, row.figures * known)]))
             parts += [f"### {title}", "\n".join(lines)]
     return ["## In the layout of Hyper-SD (arXiv:2404.13686)", *parts] if parts else []
+
+
+def _teacher(plan: Mapping[str, Any]) -> str:
+    guided = plan.get("teacher_guidance")
+    return plan["reference"] + (f" at guidance {guided:g}" if guided is not None else "")
 
 
 def _ablation(content: Mapping[str, Any]) -> list[str]:
