@@ -1,27 +1,33 @@
-"""The app: `python app.py` serves it at http://127.0.0.1:7860. Weights load while the page is already there."""
+"""The app: `python app.py` serves it at http://127.0.0.1:7860. Weights come and load while the page is there."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 from hypersd import hosting, pool, safety, ui
-from hypersd.__main__ import main
 from hypersd.engine import Engine
-from hypersd.methods import installed
+from hypersd.methods import bring, installed
 from hypersd.records import InputError
 
 NAME, ENGINE = os.environ.get("HYPERSD_BACKBONE", "emoji"), os.environ.get("HYPERSD_ENGINE", "torch")
 
 
 def load() -> Any:
+    """The backbone as the environment wants it. Raises InputError as `Backbone.load` does, and for a wrong setting."""
     from hypersd.backbone import Backbone
 
-    decoder, offload = os.environ.get("HYPERSD_DECODER", ""), os.environ.get("HYPERSD_OFFLOAD", "") == "1"
-    return Backbone.load(NAME, device=device(), dtype=None, engine=ENGINE, decoder=decoder, offload=offload)
+    decoder, offload = os.environ.get("HYPERSD_DECODER", ""), os.environ.get("HYPERSD_OFFLOAD", "")
+    if offload not in ("", "0", "1"):
+        raise InputError(f"HYPERSD_OFFLOAD must be 1 or 0, got {offload[:40]!r}")
+    if offload == "1" and device() == "cpu":
+        logging.getLogger(__name__).warning("HYPERSD_OFFLOAD=1 changes nothing here: there is no GPU to make room on")
+    return Backbone.load(NAME, device=device(), dtype=None, engine=ENGINE, decoder=decoder, offload=offload == "1")
 
 
 def device() -> str:
@@ -31,16 +37,15 @@ def device() -> str:
 
 
 if __name__ == "__main__":
-    if wanted := os.environ.get("HYPERSD_FETCH"):  # a Space begins with an empty disk
-        main(["fetch", NAME, *wanted.split(",")])
+    wanted = [name.strip() for name in os.environ.get("HYPERSD_FETCH", "").split(",") if name.strip()]
     try:
-        methods = installed(NAME)
+        methods = installed(NAME, wanted)
     except InputError as problem:
         sys.exit(f"hypersd: {problem}")
     on_gpu = hosting.gpu_draw(methods)  # None but on Hugging Face's lent GPUs
     filter = safety.of(NAME, (lambda: "cpu") if on_gpu else device)  # lent for drawing only
-    engine = Engine(load, methods, on_gpu, filter=filter)
-    if on_gpu:
+    engine = Engine(load, methods, on_gpu, filter=filter, bring=partial(bring, methods))
+    if on_gpu:  # there the page has to wait
         engine.load_now()
     front = pool.Shared(engine)
     study = pool.prepare(front, methods)

@@ -94,6 +94,8 @@ class Backbone:
             raise InputError(f"the engine must be one of {', '.join(ENGINES)}, got {engine[:40]!r}")
         if decoder and engine != "torch":
             raise InputError(f"the {engine} engine brings its own decoder; leave one of the two out")
+        if decoder not in ("", "quick") and not Path(decoder).is_dir():  # told before gigabytes are fetched
+            raise ModelError(f"the decoder must be 'quick' or the folder of one, got {decoder[:80]!r}")
         name, folder, licence = folders.find_folder(laid_out(name_or_folder))
         folders.check_folder(folder, name)
         family = CLASSES[folders.read_json(folder, name, "model_index.json")["_class_name"]]

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+from hypersd.hub import Download, amount, heard_by
 from hypersd.records import InputError, Panel, Request, digest
 from hypersd.safety import Filter
 from hypersd.sweep import MethodRow, Pace, allowed_steps, spans
@@ -59,10 +60,11 @@ class Drawing:
 @dataclass(frozen=True)
 class Watch:
     """How a caller follows a drawing: `progress` is called after each step, `loading` if the weights are not in
-    memory yet; when `stop()` turns true, it ends."""
+    memory yet, and again whenever what is being downloaded of them, "" if nothing is, says something else; when
+    `stop()` turns true, it ends."""
 
     progress: Callable[[Progress], None] = lambda progress: None
-    loading: Callable[[], None] = lambda: None
+    loading: Callable[[str], None] = lambda text: None
     stop: Callable[[], bool] = lambda: False
     trail: bool = False
 
@@ -70,14 +72,27 @@ class Watch:
 UNWATCHED = Watch()
 
 
+@dataclass(frozen=True)
+class Coming:
+    """What is not there yet, in words for a visitor: `text` is what is being downloaded and `share` how much of it has
+    come, 0 to 1, None while nothing is; or, where something `failed`, why. "" while there is nothing to say."""
+
+    text: str = ""
+    share: float | None = None
+    failed: bool = False
+
+
 class Draw(Protocol):
     """What the screens need of an engine. Raises InputError for what a person can mend, Stopped after `stop`.
 
-    `pace` is learned from what was drawn; `has` says whether an equal picture is there already.
+    `pace` is learned from what was drawn; `coming` is None once all is there that drawing needs; `has` says whether an
+    equal picture is there already.
     """
 
     @property
     def pace(self) -> Pace: ...
+    @property
+    def coming(self) -> Coming | None: ...
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing: ...
     def has(self, request: Request, method: str) -> bool: ...
 
@@ -87,10 +102,11 @@ class Engine:
 
     Args:
         load: returns the backbone; called at the first picture or by `warm_up`, again only after it failed.
-        methods: the table of methods by name.
+        methods: the table of methods by name; rows may be replaced.
         draw: (backbone, request, method, on_step=) -> Panel, as `generate.draw`, which is the default.
         keep_bytes: how much memory finished panels may take.
         filter: has to see every picture before anybody else does; None where the app is not public.
+        bring: (backbone, name) -> None, downloads what the row of that name lacks, and replaces it in `methods`.
     """
 
     def __init__(
@@ -100,33 +116,53 @@ class Engine:
         draw: Callable[..., Panel] | None = None,
         keep_bytes: int = 64 << 20,
         filter: Filter | None = None,
+        bring: Callable[[Any, str], None] | None = None,
     ) -> None:
         self.methods = methods
         self.pace = Pace()
-        self._load, self._draw, self._filter = load, draw, filter
+        self._load, self._draw, self._filter, self._bring = load, draw, filter, bring
         self._backbone: Any = None
-        self._turn = threading.Lock()  # held while loading and while drawing: visitors queue instead of sharing cores
+        self._turn = threading.Lock()  # held while drawing: visitors queue instead of sharing cores
+        self._preparing = threading.Lock()  # held while loading and downloading; what is there can be drawn with
+        self._download: Download | None = None
+        self._fetching = ""  # the method whose files are being downloaded, "" while they are everybody's
+        self._failed: dict[str, str] = {}  # why, by the same name
         self._shelf: Shelf[Drawing] = Shelf(keep_bytes)
 
     @property
     def ready(self) -> bool:
         return self._backbone is not None
 
+    @property
+    def coming(self) -> Coming | None:
+        """What is being downloaded, or why something could not be; None once everything is in place."""
+        download, fetching = self._download, self._fetching
+        # of what a method lacks the first is the one that is being downloaded
+        left = [n for row in self.methods.values() for n in row.lacks[int(bool(download) and row.name == fetching) :]]
+        files = f"{len(left)} more file{'s' * (len(left) != 1)}"
+        if download:
+            then = f", then {files}, {amount(1e6 * sum(left))}" if left else ""
+            return Coming(f"{download}{then}", download.done / max(download.size, 1))
+        if self._failed:
+            problem = next(iter(self._failed.values()))
+            return Coming(f"{problem.rstrip('.')}. The next drawing tries again", failed=True)
+        if left:
+            return Coming(f"{files} to come, {amount(1e6 * sum(left))}")
+        return None if self.ready else Coming()
+
     def load_now(self) -> None:
-        """Load the weights in this thread, before the app is served; a failure is told of in the log and tried again.
+        """Load everything in this thread, before the app is served; a failure is told of in the log and tried again.
 
         Lent GPUs want it: their stand-in for CUDA is there for the main thread alone, and takes the files of the
         weights away when the app opens, so they are hashed here.
         """
-        try:
-            with self._turn:
-                self._backbone = self._loaded()
+        self._prepare_all()
+        if self.ready:
             log.info("%s %s", self._backbone.sha256, self._backbone.network_sha256)
-        except InputError as problem:
-            log.warning("the weights: %s", problem)
 
     def warm_up(self, request: Request | None = None) -> threading.Thread:
-        """Start a thread that loads the weights and draws once, so that the first click finds everything in place."""
+        """Start a thread that loads the weights, draws once and downloads what the methods lack, so that clicks find
+        everything in place."""
         first = request or Request("a happy cat", steps=1)
 
         def work() -> None:
@@ -134,6 +170,8 @@ class Engine:
                 self(first, next(iter(self.methods)))
             except InputError as problem:
                 log.warning("warm-up: %s", problem)
+            if "" not in self._failed:
+                self._prepare_all()
 
         thread = threading.Thread(target=work, name="warm-up", daemon=True)
         thread.start()
@@ -153,15 +191,14 @@ class Engine:
             self._filter.check(request.prompt)
         if self.ready and (found := self._found(request, row, watch)):
             return found
-        if not self.ready:
-            watch.loading()
+        if not self._prepared(row):
+            tell = self._teller(watch)
+            with _Turn(self._preparing, watch.stop, tell):
+                self._prepare(method, tell)
+            row = self._row(method)
         with _Turn(self._turn, watch.stop):
-            if not self.ready:
-                self._backbone = self._loaded()
             if found := self._found(request, row, watch):  # drawn by somebody else while we waited
                 return found
-            if self._filter:
-                self._filter.prepare()  # before the work, which would be lost without it
             drawing = self._drawn(request, row, watch)
             self.pace.note(drawing.panel)
             self._shelf.put(self._key(request, row), drawing)
@@ -183,6 +220,65 @@ class Engine:
         if method not in self.methods:
             raise InputError(f"there is no method {str(method)[:40]!r}; choose from {', '.join(self.methods)}")
         return self.methods[method]
+
+    def _prepared(self, row: MethodRow) -> bool:
+        return self.ready and not row.lacks and (self._filter is None or self._filter.ready)
+
+    def _teller(self, watch: Watch) -> Callable[[], None]:
+        """A function that tells the watcher what is being downloaded, wherever that is something new."""
+        said: list[str] = []
+
+        def tell() -> None:
+            coming = self.coming
+            text = coming.text if coming and coming.share is not None else ""
+            if said[-1:] != [text]:
+                said.append(text)
+                watch.loading(text)
+
+        return tell
+
+    def _prepare(self, method: str, tell: Callable[[], None] = lambda: None) -> None:
+        """Load and download whatever a method needs; `tell` is called when `coming` has changed.
+
+        Raises:
+            InputError: it cannot be had. What was downloaded so far is gone on with the next time.
+        """
+
+        def hear(download: Download | None) -> None:
+            self._download = download and replace(download, what=self._title() or download.what)
+            tell()
+
+        for name in ("", method):
+            self._failed.pop(name, None)
+        tell()
+        try:
+            with heard_by(hear):
+                if not self.ready:
+                    self._backbone = self._loaded()
+                if self._filter:
+                    self._filter.prepare()  # before the work, which would be lost without it
+                if self._bring and self.methods[method].lacks:
+                    self._fetching = method
+                    self._bring(self._backbone, method)
+        except InputError as problem:
+            self._failed[self._fetching] = str(problem)
+            raise
+        finally:
+            self._fetching = ""
+
+    def _title(self) -> str:
+        return self.methods[self._fetching].title if self._fetching else ""
+
+    def _prepare_all(self) -> None:
+        """The same for all methods, or none where the base cannot be had; failures are told of in the log."""
+        for name in self.methods:
+            try:
+                with self._preparing:
+                    self._prepare(name)
+            except InputError as problem:
+                log.warning("%s: %s", "the weights" if "" in self._failed else name, problem)
+                if "" in self._failed:
+                    return
 
     def _loaded(self) -> Any:
         try:
@@ -225,15 +321,17 @@ def _decoded(steps: Sequence[Any], watch: Watch) -> Iterator[bytes]:
 
 
 class _Turn:
-    """A lock that can be waited for and given up: `with _Turn(lock, stop)` raises Stopped once `stop()` is true."""
+    """A lock that can be waited for and given up: `with _Turn(lock, stop)` raises Stopped once `stop()` is true. While
+    one waits, `wait` is called."""
 
-    def __init__(self, lock: threading.Lock, stop: Callable[[], bool]) -> None:
-        self.lock, self.stop = lock, stop
+    def __init__(self, lock: threading.Lock, stop: Callable[[], bool], wait: Callable[[], None] = lambda: None) -> None:
+        self.lock, self.stop, self.wait = lock, stop, wait
 
     def __enter__(self) -> None:
         while not self.lock.acquire(timeout=0.05):
             if self.stop():
                 raise Stopped
+            self.wait()
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
@@ -294,11 +392,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class News:
-    """Something happened to cell number `cell`: it waits for the weights, a step was made, it is finished, or it
-    cannot be."""
+    """Something happened to cell number `cell`: it waits for the weights, of which `loading` says what is being
+    downloaded, "" if nothing is; a step was made, it is finished, or it cannot be."""
 
     cell: int
-    loading: bool = False
+    loading: str | None = None
     progress: Progress | None = None
     drawing: Drawing | None = None
     problem: str = ""
@@ -399,7 +497,7 @@ def _draw_one(
     def progress(made: Progress) -> None:
         tell(News(number, progress=made))
 
-    watch = Watch(progress, lambda: tell(News(number, loading=True)), stop.is_set, trail)
+    watch = Watch(progress, lambda text: tell(News(number, loading=text)), stop.is_set, trail)
     try:
         return News(number, drawing=draw(cell.request, cell.method, watch))
     except InputError as problem:

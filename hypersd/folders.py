@@ -187,7 +187,7 @@ def _fetch(name: str, preset: Preset) -> Path:
         wanted += [f"{part}/config.json", f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
         wanted += [f"{part}/{about.stem}.safetensors.index*.json"]
     try:
-        return fetched(preset.source, wanted, "give the folder of a copy")
+        return fetched(preset.source, wanted, "give the folder of a copy", preset.summary.partition(",")[0])
     except InputError as problem:
         raise ModelError(f"{name}: {problem}") from problem
 
@@ -416,7 +416,7 @@ def load_decoder(name: str, place: str, dtype: torch.dtype) -> Any:
     if place == "quick" and not known:
         raise ModelError(f"no quick decoder is known for {name}; give the folder of one instead of 'quick'")
     files = ("config.json", f"{DIFFUSERS}.safetensors")
-    folder = fetched(known, files, "leave the decoder out") if place == "quick" else Path(place)
+    folder = fetched(known, files, "leave the decoder out", "a quick decoder") if place == "quick" else Path(place)
     try:
         return AutoencoderTiny.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # diffusers raises its own, the hub's and the system's errors

@@ -7,16 +7,22 @@ its place only if it has the sha256 that the hub tells of it. That is the one ti
 other programs put into the cache, and what a disk does to it later, goes unseen.
 
 Large files come by plain HTTP, since the other protocol of the client, Xet, cannot be gone on with by another process.
+
+Whoever wants to tell people how far a download is wraps what may cause one in `heard_by`.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +53,40 @@ REVISIONS = {
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
+@dataclass(frozen=True)
+class Download:
+    """`done` of `size` bytes of something are on this disk, `what` it is in people's words."""
+
+    what: str
+    done: int
+    size: int
+
+    def __str__(self) -> str:
+        whole, unit = amount(self.size).split()
+        part = f"{self.done / (1e9 if unit == 'GB' else 1e6):.1f}"
+        return f"Downloading {self.what}: {part} of {whole} {unit}"
+
+
+Hear = Callable[[Download | None], None]
+_hear: ContextVar[Hear] = ContextVar("hear", default=lambda download: None)
+
+
+@contextmanager
+def heard_by(hear: Hear) -> Iterator[None]:
+    """Within, in this thread, `hear` is told of every download: as it begins, as it grows, and None when it is over,
+    however it ended."""
+    before = _hear.set(hear)
+    try:
+        yield
+    finally:
+        _hear.reset(before)
+
+
+def amount(size: float) -> str:
+    """Bytes for people: "4.3 GB", "269.0 MB"."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 class Absent(Exception):
     """A file that its repository does not have."""
 
@@ -58,12 +98,26 @@ class Silent(tqdm):
         super().__init__(*arguments, **{**options, "disable": True})
 
 
-def fetched(repository: str, wanted: Sequence[str], instead: str) -> Path:
+class Metered(io.BufferedWriter):
+    """A file to be appended to, which tells after each write how many bytes it has."""
+
+    def __init__(self, file: Path, hear: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(file, "a"))
+        self._hear = hear
+
+    def write(self, content: Any) -> int:
+        written = super().write(content)
+        self._hear(self.tell())
+        return written
+
+
+def fetched(repository: str, wanted: Sequence[str], instead: str, what: str = "") -> Path:
     """The folder of a repository's files, from the cache as far as they are there; with a progress bar.
 
     Args:
         wanted: paths in it, all of which must be there; or among them patterns with `*`, and then any may be absent.
         instead: what a person can do where it cannot be had, for the end of "check the network, or ..".
+        what: what it is in people's words; the repository where none are given.
 
     Raises:
         InputError: it cannot be had, and what to do; or what came is not what the hub tells of it.
@@ -75,7 +129,8 @@ def fetched(repository: str, wanted: Sequence[str], instead: str) -> Path:
     failure: BaseException | None = None
     try:
         try:
-            _go_on(repository, snapshot_download(repository, dry_run=True, tqdm_class=Silent, **options))
+            coming = snapshot_download(repository, dry_run=True, tqdm_class=Silent, **options)
+            _go_on(repository, coming, what or repository)
         except DryRunError as problem:  # the hub does not answer, or refuses: what is cached may do
             failure = problem.__cause__
         folder = Path(snapshot_download(repository, local_files_only=failure is not None, **options))
@@ -85,12 +140,14 @@ def fetched(repository: str, wanted: Sequence[str], instead: str) -> Path:
     except InputError:
         raise
     except Exception as error:  # the client raises its own, httpx's and the system's errors
-        what = f"{repository}/{wanted[0]}" if len(wanted) == 1 else repository
+        asked = f"{repository}/{wanted[0]}" if len(wanted) == 1 else repository
         cause = failure or error
         raise InputError(
-            f"{what} could not be fetched from the Hugging Face hub ({type(cause).__name__}); "
+            f"{asked} could not be fetched from the Hugging Face hub ({type(cause).__name__}); "
             f"{_remedy(repository, cause)}, or {instead}"
         ) from error
+    finally:
+        _hear.get()(None)
 
 
 def _remedy(repository: str, error: BaseException) -> str:
@@ -119,19 +176,26 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _go_on(repository: str, files: Sequence[DryRunFileInfo]) -> None:
+def _go_on(repository: str, files: Sequence[DryRunFileInfo], what: str) -> None:
     """Say what is about to come, then put the large files of it into the cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     coming = [file for file in files if file.will_download]
-    if size := sum(file.file_size or 0 for file in coming):
-        amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-        log.warning("fetching %s: %s from the Hugging Face hub into %s", repository, amount, HF_HUB_CACHE)
+    size, done, hear = sum(file.file_size or 0 for file in coming), 0, _hear.get()
+
+    def tell(part: int = 0) -> None:
+        hear(Download(what, done + part, size))
+
+    if size:
+        log.warning("fetching %s: %s from the Hugging Face hub into %s", repository, amount(size), HF_HUB_CACHE)
+        tell()
     for file in coming:
-        _resumed(repository, file)
+        _resumed(repository, file, tell)
+        done += file.file_size or 0
+        tell()
 
 
-def _resumed(repository: str, file: DryRunFileInfo) -> None:
+def _resumed(repository: str, file: DryRunFileInfo, hear: Callable[[int], None]) -> None:
     """One file, where the hub tells its sha256, which it does of large ones; the client is left with the others.
 
     The names of lock, part and whole are the client's, so neither gets in the way of another program's download.
@@ -152,9 +216,10 @@ def _resumed(repository: str, file: DryRunFileInfo) -> None:
     with WeakFileLock(lock):
         if blob.exists():  # another process was quicker
             return
-        with part.open("ab") as stream:
+        with Metered(part, hear) as stream:
             if file.file_size and stream.tell() > file.file_size:
                 stream.truncate(0)
+            hear(stream.tell())
             http_get(
                 url, stream, resume_size=stream.tell(), expected_size=file.file_size, headers=build_hf_headers(),
                 displayed_filename=file.filename,

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hypersd import pictures
-from hypersd.engine import BROKEN, UNWATCHED, Draw, Drawing, Stopped, Watch
+from hypersd.engine import BROKEN, UNWATCHED, Coming, Draw, Drawing, Stopped, Watch
 from hypersd.records import InputError, Item, Panel, Problem, Request
 from hypersd.safety import Held
 from hypersd.study.ballots import Desk, items_of
@@ -42,6 +42,10 @@ class Shared:
     @property
     def pace(self) -> Pace:
         return self._draw.pace
+
+    @property
+    def coming(self) -> Coming | None:
+        return self._draw.coming
 
     def has(self, request: Request, method: str) -> bool:
         return self._draw.has(request, method)

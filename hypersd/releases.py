@@ -233,7 +233,7 @@ def hub(repository: str, file: str) -> Path:
     Raises:
         InputError: it cannot be had.
     """
-    return fetched(repository, [file], "put a copy somewhere and name it with --file") / file
+    return fetched(repository, [file], "put a copy somewhere and name it with fetch --file") / file
 
 
 def fetch(

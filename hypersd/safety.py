@@ -166,7 +166,7 @@ def load(folder: Path | None = None, device: str = "cpu") -> Checker:
 def _fetched() -> Path:
     """Folder of the hub's checker, in the hub's cache; its weights are the published ones."""
     paths = [f"safety_checker/{name}" for name in ("config.json", WEIGHTS)]
-    weights = fetched(SOURCE, paths, "name the folder of a copy in HYPERSD_SAFETY") / paths[1]
+    weights = fetched(SOURCE, paths, "name the folder of a copy in HYPERSD_SAFETY", "the safety checker") / paths[1]
     if digest(weights) != SHA256:
         raise InputError(f"{weights} is not the safety checker that was published; {again(weights)}")
     return weights.parent

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from modelhub import Server
 from voting import in_memory
 
 from hypersd.adapters import AdapterFile
@@ -46,3 +47,25 @@ def ram(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is such a thing: a busy disk takes a minute for a thousand commits."""
     with in_memory(tmp_path) as folder:
         yield folder
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A stand-in for the hub."""
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the hub's client, filled by the stand-in; the client reads its variables at import."""
+    folder = tmp_path / "cache"
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    return folder

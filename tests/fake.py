@@ -19,7 +19,7 @@ import pytest
 from rows import METHODS
 
 from hypersd import ui
-from hypersd.engine import UNWATCHED, Drawing, Progress, Stopped, Watch
+from hypersd.engine import UNWATCHED, Coming, Drawing, Progress, Stopped, Watch
 from hypersd.records import Panel, Request, digest
 from hypersd.sweep import Pace
 
@@ -39,6 +39,7 @@ class Painter:
     kept: dict[str, Panel] = field(default_factory=dict)
     keep: bool = False  # whether to remember pictures, as the engine does
     unread: str = ""
+    coming: Coming | None = None
 
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
         METHODS[method].check(request)

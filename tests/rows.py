@@ -19,6 +19,8 @@ class Row:
     smaller: int = 1
     licence: str = "Apache-2.0"
 
+    lacks: tuple[int, ...] = ()
+
     @property
     def adapted(self) -> bool:
         return self.name != "base"

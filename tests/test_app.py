@@ -312,7 +312,7 @@ def test_of_two_sizes_the_larger_is_averaged_down() -> None:
 
 def test_what_takes_time_or_is_cut_off_is_said_in_the_panel() -> None:
     def slow(request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
-        watch.loading()
+        watch.loading("Downloading it: 0.1 of 0.2 GB")
         return Drawing(paint(request, method), unread="and a very long tail")
 
     told = press(slow, names=("base",), reference=())  # type: ignore[arg-type]

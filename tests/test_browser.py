@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from PIL import Image
 from rows import METHODS
 
 from hypersd import pictures, ui
-from hypersd.engine import Engine
+from hypersd.engine import UNWATCHED, Coming, Drawing, Engine, Watch
 from hypersd.records import Request
 from hypersd.ui.prompts import EXAMPLES
 
@@ -343,6 +344,48 @@ def test_a_method_that_cannot_says_what_it_can_and_one_press_draws_that(visit: V
     visit.wait_for_panels(5)
     assert page.input_value("#hs-steps input") == "8"
     assert page.locator("#hs-methods .hs-unable").count() == 0
+
+
+def test_a_page_says_what_is_downloaded_until_it_is_there(visit: Visit) -> None:
+    page, painter = visit.page, Painter(coming=Coming("Downloading Stable Diffusion 1.5: 1.2 of 4.3 GB", 0.28))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    with served(ui.build(painter, METHODS)) as app:
+        visit.open(address(app))
+        page.wait_for_selector("#hs-coming >> text=Downloading Stable Diffusion 1.5: 1.2 of 4.3 GB.")
+        visit.shot("downloading")
+        painter.coming = Coming("Downloading Stable Diffusion 1.5: 2.4 of 4.3 GB", 0.56)
+        page.wait_for_selector("#hs-coming >> text=2.4 of 4.3 GB.")
+        painter.coming = Coming("it could not be fetched; check the network. The next drawing tries again", failed=True)
+        page.wait_for_selector("#hs-coming [role=status] >> text=It could not be fetched; check the network.")
+        visit.shot("download-failed")
+        painter.coming = None
+        page.wait_for_selector("#hs-coming", state="hidden")
+        asked.clear()
+        page.wait_for_timeout(2500)
+        assert asked == [], "and then it asks no more"
+        page.goto("about:blank")
+
+
+def test_a_panel_says_what_it_waits_for(visit: Visit) -> None:
+    line = "Downloading LCM: 1.2 of 4.3 MB, then 2 more files, 538.0 MB"
+    come = threading.Event()
+
+    @dataclass
+    class Waiting(Painter):
+        def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
+            watch.loading(line)
+            come.wait(60)
+            return super().__call__(request, method, watch)
+
+    with served(ui.build(Waiting(), METHODS)) as app:
+        visit.open(address(app))
+        visit.page.click("#hs-go")
+        visit.page.wait_for_selector(f"#hs-viewer .hs-card[data-phase=loading] >> text={line}")
+        visit.shot("panel-downloading")
+        come.set()
+        visit.wait_for_panels(5)
+        visit.page.goto("about:blank")
 
 
 def test_a_waiting_page_moves_nothing_and_a_step_changes_little(

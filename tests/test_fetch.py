@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import checker
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from listing import ROOT
+from modelhub import Server
 from test_releases import published
 
 from hypersd import releases, safety
@@ -29,115 +26,6 @@ from hypersd.folders import BACKBONES, ModelError, check_folder, find_folder, lo
 from hypersd.hub import REVISIONS
 from hypersd.records import InputError
 from hypersd.single import _layout
-
-COMMIT = "c" * 40
-
-
-class Server:
-    """Files by "owner/name/path", listed and sent as the hub does: of a safetensors file it tells the sha256.
-
-    `cut` is how many bytes of a file it sends before it hangs up, once an entry; where it `stalls` it goes silent
-    instead. `refusal` is the status and the hub's code for it that everything is answered with.
-    """
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.told: dict[str, str] = {}  # what it says a file's sha256 is, where it is not that
-        self.cut: list[int] = []
-        self.stalls = False
-        self.refusal: tuple[int, str] | None = None
-        self.ranges: list[int] = []  # where each sending of a safetensors file began
-        self.sent: list[str] = []
-        self.revisions: set[str] = set()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                if server.refusal:
-                    return self._answer(server.refusal[0], {"X-Error-Code": server.refusal[1]})
-                path = self.path.partition("?")[0]
-                if found := re.fullmatch(r"/api/models/(.+)/(revision|tree)/(\w+)", path):
-                    repository, what, revision = found.groups()
-                    server.revisions.add(revision)
-                    listed = [n.removeprefix(f"{repository}/") for n in server.files if n.startswith(f"{repository}/")]
-                    told = [server.entry(repository, name) for name in listed]
-                    content = json.dumps({"id": repository, "sha": COMMIT} if what == "revision" else told).encode()
-                    return self._answer(200, {"Content-Type": "application/json"}, content)
-                found = re.fullmatch(r"/(.+)/resolve/(\w+)/(.+)", path)
-                name = f"{found[1]}/{found[3]}" if found else ""
-                if not found or name not in server.files:
-                    return self._answer(404, {"X-Error-Code": "EntryNotFound"})
-                return self._file(name, found[2])
-
-            def _file(self, name: str, revision: str) -> None:
-                server.revisions.add(revision)
-                content, tag = server.files[name], server.tag(name)
-                span = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
-                start = int(span[1]) if span else 0
-                lines = {
-                    "ETag": f'"{tag}"', "X-Linked-Etag": f'"{tag}"', "Accept-Ranges": "bytes",
-                    "X-Repo-Commit": revision if len(revision) == 40 else COMMIT, "X-Linked-Size": str(len(content)),
-                }  # fmt: skip
-                if span:
-                    lines["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                if self.command != "HEAD":
-                    server.sent.append(name)
-                    server.ranges += [start] if name.endswith(".safetensors") else []
-                end = server.cut.pop(0) if server.cut and self.command != "HEAD" else None
-                self._answer(206 if span else 200, lines, content[start:], None if end is None else end - start)
-
-            def _answer(self, status: int, lines: dict[str, str], content: bytes = b"", end: int | None = None) -> None:
-                self.send_response(status)
-                for key, value in {**lines, "Content-Length": str(len(content))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(content[:end])
-                if end is not None:
-                    self.close_connection = True
-                    server.closed.wait(60 if server.stalls else 0)
-
-            do_HEAD = do_GET
-
-            def log_message(self, *_arguments: object) -> None:
-                pass
-
-        self.closed = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def tag(self, name: str) -> str:
-        """Of a large file its sha256, of a small one a shorter hash."""
-        sha256 = self.told.get(name, hashlib.sha256(self.files[name]).hexdigest())
-        return sha256 if name.endswith(".safetensors") else sha256[:40]
-
-    def entry(self, repository: str, path: str) -> dict[str, Any]:
-        name = f"{repository}/{path}"
-        told = {"type": "file", "path": path, "oid": "0" * 40, "size": len(self.files[name])}
-        large = {"lfs": {"oid": self.tag(name), "size": told["size"], "pointerSize": 130}}
-        return told | (large if name.endswith(".safetensors") else {})
-
-    def offer(self, repository: str, folder: Path) -> None:
-        """All files of a folder as a repository."""
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        self.files |= {f"{repository}/{file.relative_to(folder).as_posix()}": file.read_bytes() for file in files}
-
-    def close(self) -> None:
-        self.closed.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
 
 FETCH = """
 import sys
@@ -223,7 +111,7 @@ def test_a_missing_file_is_named(server: Server, tmp_path: Path) -> None:
 
 def test_offline_says_so(server: Server, tmp_path: Path) -> None:
     said = fetch(server, tmp_path, HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set: unset it, or put a copy somewhere and name it with --file" in said
+    assert "HF_HUB_OFFLINE is set: unset it, or put a copy somewhere and name it with fetch --file" in said
     assert server.ranges == []
 
 
@@ -231,20 +119,6 @@ def test_offline_says_so(server: Server, tmp_path: Path) -> None:
 
 SD15 = BACKBONES["sd15"].source
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def cache(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The client's cache, of the stand-in; the client reads its variables at import."""
-    folder = tmp_path / "cache"
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(folder),
-        "HF_HUB_OFFLINE": False,
-    }.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    return folder
 
 
 @pytest.fixture
@@ -360,7 +234,7 @@ ASKED: dict[str, Callable[[], object]] = {
     "give the folder of a copy": lambda: find_folder("sd3"),
     "leave the decoder out": lambda: load_decoder("sd3", "quick", torch.float32),
     "name the folder of a copy in HYPERSD_SAFETY": safety.load,
-    "put a copy somewhere and name it with --file": lambda: releases.hub("maker/repo", "x"),
+    "put a copy somewhere and name it with fetch --file": lambda: releases.hub("maker/repo", "x"),
     "name the folder of any model of its kind: HYPERSD_LAYOUT=folder": lambda: _layout("StableDiffusionPipeline"),
 }
 

@@ -34,6 +34,7 @@ class Blank:
     """Draws the same small picture for everything, at once."""
 
     pace = Pace()
+    coming = None
 
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
         METHODS[method].check(request)

@@ -256,7 +256,10 @@ def test_a_quick_decoder_draws_what_the_stock_pipeline_draws_with_it(
 
 @pytest.mark.parametrize(
     ("decoder", "sentence"),
-    [("quick", "no quick decoder is known for tiny-xl"), ("/nowhere", "the decoder /nowhere cannot be loaded")],
+    [
+        ("quick", "no quick decoder is known for tiny-xl"),
+        ("/nowhere", "must be 'quick' or the folder of one, got '/nowhere'"),
+    ],
 )
 def test_a_decoder_that_is_not_there_is_told(folder: Path, decoder: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hypersd import train
+    from hypersd.releases import Release
     from hypersd.schedule import Level, Schedule
 
 
@@ -144,8 +145,9 @@ class Method:
     `losses` and `stages` say how that is trained here, stage after stage, None and () for one that is only read from
     its makers; `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that
     are trained. With `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came
-    of it and was found, one a stage; with `exact` each draws no other number of steps than its own. `otherwise` ends
-    the sentence that a wrong step count gets, for example "for one step choose hyper".
+    of it and was found, one a stage; with `exact` each draws no other number of steps than its own. Those that are to
+    be downloaded first, in their order `lacking`, are among them with a hash of "". `otherwise` ends the sentence that
+    a wrong step count gets, for example "for one step choose hyper".
     """
 
     name: str
@@ -171,6 +173,12 @@ class Method:
     learners: tuple[str, ...] = ("student",)
     keeps_guidance: bool = False
     adapters: tuple[AdapterFile, ...] = ()
+    lacking: tuple[Release, ...] = ()
+
+    @property
+    def lacks(self) -> tuple[int, ...]:
+        """Megabytes of each file that is to be downloaded before it can draw."""
+        return tuple(release.megabytes for release in self.lacking)
 
     def check(self, request: Request) -> None:
         """InputError if the method was not made for the request's number of steps, or no adapter found is."""

@@ -23,7 +23,7 @@ from hypersd import folders
 from hypersd.engine import Draw
 from hypersd.pool import Missing, Pool
 from hypersd.sweep import MethodRow
-from hypersd.ui import api, compare, history, measured, prompts, results, study, sweep
+from hypersd.ui import api, coming, compare, history, measured, prompts, results, study, sweep
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
@@ -69,6 +69,7 @@ def build(
     """
     with gr.Blocks(title="hypersd", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as demo:
         gr.HTML(_read("header.html"), elem_id="hs-header", apply_default_css=False)
+        coming.build(demo, draw)
         screen, past = compare.Screen(draw, methods, reference), history.prepare()
         with gr.Tabs(elem_id="hs-tabs") as tabs:
             with gr.Tab("Compare", id="compare"):

@@ -54,8 +54,8 @@ class Board:
         # New lists and dicts instead of changed ones: what was yielded before must stay as it was.
         for item in news:
             tile = dict(self.tiles[item.cell])
-            if item.loading:
-                tile.update(phase="loading")
+            if item.loading is not None:
+                tile.update(phase="loading", coming=item.loading)
             if item.progress:
                 tile.update(phase="drawing", step=item.progress.step, steps=item.progress.steps)
             if item.problem:
@@ -132,6 +132,7 @@ def _tile(cell: Cell) -> State:
         "nearest": cell.nearest,
         "phase": "problem" if cell.problem else "waiting",
         "text": cell.problem,
+        "coming": "",
         "step": 0,
         "steps": cell.request.steps,
     }

@@ -467,7 +467,7 @@
   function fillWait(root, tile, retry) {
     const words = {
       waiting: 'waiting',
-      loading: 'loading the model',
+      loading: tile.coming || 'loading the model',
       drawing: `step ${tile.step} of ${tile.steps}`,
       stopped: 'stopped',
       problem: tile.nearest ? `made for ${tile.allowed.replaceAll('-', '–')} step${tile.allowed === '1' ? '' : 's'}` : tile.text,
