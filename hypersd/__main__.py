@@ -384,7 +384,8 @@ def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, floa
 
 
 def gather_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", nargs="+", help="parquet files, or folders of them, as LAION and COYO publish them")
+    parser.add_argument("index", nargs="+", help="parquet files, or folders of them, as LAION and COYO publish them; "
+                        "or addresses: https://.., or hf://datasets/OWNER/NAME/.. with a pattern or not")  # fmt: skip
     parser.add_argument(
         "--out", required=True, help="folder of the tars; the same command goes on where it was stopped"
     )
@@ -426,7 +427,7 @@ def gather_command(given: argparse.Namespace) -> None:
         private=given.allow_private,
     )
     rows, threads = whole_number(given.rows, "rows", 1, 1_000_000), whole_number(given.threads, "threads", 1, 256)
-    found = index.open_index([Path(place) for place in given.index], rows)
+    found = index.open_index(given.index, rows)
     scorer = scores.load("aesthetic") if given.score else None
     print(gather.table(gather.gather(found, Path(given.out), wanted, downloads, scorer, threads)))
 

@@ -89,11 +89,12 @@ def fetched(repository: str, wanted: Sequence[str], instead: str) -> Path:
         cause = failure or error
         raise InputError(
             f"{what} could not be fetched from the Hugging Face hub ({type(cause).__name__}); "
-            f"{_remedy(repository, cause)}, or {instead}"
+            f"{remedy(repository, cause)}, or {instead}"
         ) from error
 
 
-def _remedy(repository: str, error: BaseException) -> str:
+def remedy(repository: str, error: BaseException) -> str:
+    """What a person can do about what the hub's client raised; `repository` as in the address of its page."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
