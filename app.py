@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from hypersd import hosting, pool, safety, ui
+from hypersd import folders, hosting, pool, safety, ui
 from hypersd.__main__ import main
 from hypersd.engine import Engine
 from hypersd.methods import installed
@@ -34,6 +34,7 @@ if __name__ == "__main__":
     if wanted := os.environ.get("HYPERSD_FETCH"):  # a Space begins with an empty disk
         main(["fetch", NAME, *wanted.split(",")])
     try:
+        folders.check_accepted(NAME)
         methods = installed(NAME)
     except InputError as problem:
         sys.exit(f"hypersd: {problem}")
