@@ -89,6 +89,7 @@ def test_what_is_long_comes_in_parts(server: Server, tmp_path: Path, monkeypatch
     assert list(index.read(1)) == list(open_index([file], GROUP).read(1))
     assert len(server.spans) > 5 and max(last - first for _, first, last in server.spans) < 1000
     assert groups_sent(server, file) == {1}
+    assert max(last for *_, last in server.spans) < file.stat().st_size - remote.END, "and not its end once more"
 
 
 def pictures(server: Server, file: Path) -> Path:
