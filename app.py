@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from hypersd import hosting, pool, safety, ui
+from hypersd import folders, hosting, pool, safety, ui
 from hypersd.engine import Engine
 from hypersd.methods import bring, installed
 from hypersd.records import InputError
@@ -39,6 +39,7 @@ def device() -> str:
 if __name__ == "__main__":
     wanted = [name.strip() for name in os.environ.get("HYPERSD_FETCH", "").split(",") if name.strip()]
     try:
+        folders.check_accepted(NAME)
         methods = installed(NAME, wanted)
     except InputError as problem:
         sys.exit(f"hypersd: {problem}")

@@ -11,10 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hypersd import __version__
 from hypersd.records import InputError, Problem, Request, real_number, whole_number
+
+if TYPE_CHECKING:
+    from hypersd.releases import Release
 
 
 class Command(NamedTuple):
@@ -86,29 +89,33 @@ def methods_command(given: argparse.Namespace) -> None:
 
 
 def fetch_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="sd15, sdxl, sd3, flux, or a folder or file of their kinds")
+    parser.add_argument("backbone", nargs="?", help="sd15, sdxl, sd3, flux, or a folder or file of their kinds "
+                        "(default: list the base models)")  # fmt: skip
     parser.add_argument("methods", nargs="*", help="methods, or names of the list (default: list them)")
     parser.add_argument("--file", help="a copy of the one file that is asked for, instead of the hub's")
-    parser.add_argument("--accept-licence", action="store_true", help="of what is not for commerce")
+    parser.add_argument("--accept-licence", action="store_true", help="of what is not for commerce, the base model too")
     parser.add_argument("--out", help="folder of the files (default: where the app looks)")
 
 
 def fetch_command(given: argparse.Namespace) -> None:
     from hypersd import releases
     from hypersd.adapters import beside
-    from hypersd.folders import BACKBONES, denoiser_shapes, find_folder, network_sha256
+    from hypersd.folders import BACKBONES, accept, check_accepted, denoiser_shapes, find_folder, network_sha256
     from hypersd.single import laid_out
 
-    backbone = str(laid_out(given.backbone))
-    there, out = releases.of(backbone), Path(given.out) if given.out else beside(backbone)[1]
-    if not given.methods:
-        for release in there:
-            print(releases.describe(release, (out / f"{release.name}.safetensors").is_file()))
-        if given.backbone in BACKBONES:
-            print(f"with the base model: {BACKBONES[given.backbone].summary}")
-        print(f"fetch some with: python -m hypersd fetch {given.backbone} {there[0].method}")
+    if given.backbone is None:
+        for name, preset in BACKBONES.items():
+            print(f"{name:<6} {preset.licence:<64} {preset.summary}")
         return
+    backbone = str(laid_out(given.backbone))
+    out = Path(given.out) if given.out else beside(backbone)[1]
     wanted = releases.chosen(backbone, given.methods)
+    if given.accept_licence:
+        accept(backbone)
+    if not wanted:
+        _list_releases(given.backbone, releases.of(backbone), out)
+        return
+    check_accepted(backbone)
     if (closed := [release for release in wanted if not release.commercial]) and not given.accept_licence:
         raise InputError(
             f"{closed[0].method} by {closed[0].repository} is {closed[0].licence}; "
@@ -121,11 +128,23 @@ def fetch_command(given: argparse.Namespace) -> None:
     print(
         f"{base}, and {sum(release.megabytes for release in wanted)} MB beside it; what is cached is not fetched again"
     )
-    name, folder, _ = find_folder(backbone)
+    name, folder, licence = find_folder(backbone)
+    print(f"{folder}: {licence}", flush=True)
     made_for, shapes = network_sha256(folder), denoiser_shapes(folder, name)
     for release in wanted:
         get = (lambda _repository, _file: Path(given.file)) if given.file else releases.hub
         print(f"{releases.fetch(release, made_for, out, get, shapes).path}: {release.licence}", flush=True)
+
+
+def _list_releases(backbone: str, there: Sequence[Release], out: Path) -> None:
+    from hypersd.folders import BACKBONES
+    from hypersd.releases import describe
+
+    for release in there:
+        print(describe(release, (out / f"{release.name}.safetensors").is_file()))
+    if preset := BACKBONES.get(backbone):
+        print(f"with the base model: {preset.summary}; licence: {preset.licence}")
+    print(f"fetch some with: python -m hypersd fetch {backbone} {there[0].method}")
 
 
 def space_arguments(parser: argparse.ArgumentParser) -> None:
@@ -386,7 +405,8 @@ def _span(text: str | None, otherwise: tuple[float, float]) -> tuple[float, floa
 
 
 def gather_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", nargs="+", help="parquet files, or folders of them, as LAION and COYO publish them")
+    parser.add_argument("index", nargs="+", help="parquet files, or folders of them, as LAION and COYO publish them; "
+                        "or addresses: https://.., or hf://datasets/OWNER/NAME/.. with a pattern or not")  # fmt: skip
     parser.add_argument(
         "--out", required=True, help="folder of the tars; the same command goes on where it was stopped"
     )
@@ -428,7 +448,7 @@ def gather_command(given: argparse.Namespace) -> None:
         private=given.allow_private,
     )
     rows, threads = whole_number(given.rows, "rows", 1, 1_000_000), whole_number(given.threads, "threads", 1, 256)
-    found = index.open_index([Path(place) for place in given.index], rows)
+    found = index.open_index(given.index, rows)
     scorer = scores.load("aesthetic") if given.score else None
     print(gather.table(gather.gather(found, Path(given.out), wanted, downloads, scorer, threads)))
 

@@ -437,7 +437,7 @@ def beside(backbone: str) -> tuple[Path, Path]:
     here, local = assets / f"{backbone}-sd", Path(laid_out(backbone))
     if here.is_dir():
         return here, assets / f"{backbone}-lora"
-    return local, local / "lora" if local.is_dir() else Path("runs/lora") / local.name
+    return local, local / "lora" if local.is_dir() else folders.LORAS / local.name
 
 
 def named(files: Sequence[AdapterFile], name: str) -> AdapterFile:

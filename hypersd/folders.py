@@ -23,6 +23,8 @@ from hypersd.records import InputError
 if TYPE_CHECKING:
     import torch
 
+LORAS = Path("runs/lora")  # below a base model's name, what was fetched or learned for one from the hub
+ACCEPTED = "licence-accepted.txt"  # there too: which licence, of a base model that is not for commerce
 MANIFEST = "manifest.json"  # {"files": {"unet/...safetensors": sha256, ...}, "bytes": {same paths: size}}
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"  # what the two libraries name their weight files
@@ -85,7 +87,7 @@ class Preset:
     """A base model that can be asked for by name: a folder beside the package, or a repository on the hub.
 
     `variant` is "fp16" where the half-precision files are enough: they are half as long to fetch. `quick` is a small
-    decoder for its latents, on the hub.
+    decoder for its latents, on the hub. One that is not `commercial` waits until somebody accepts its licence.
     """
 
     source: str
@@ -93,6 +95,7 @@ class Preset:
     summary: str
     variant: str = ""
     quick: str = ""
+    commercial: bool = True
 
 
 BACKBONES = {
@@ -125,6 +128,7 @@ BACKBONES = {
         "FLUX.1 [dev] Non-Commercial License, to be accepted on the hub",
         "FLUX.1 dev, 1024 px, 34 GB from the Hugging Face hub; for drawing only",
         quick="madebyollin/taef1",
+        commercial=False,
     ),
 }
 
@@ -136,7 +140,7 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
     """(name, folder, licence) of a preset or a local folder; a hub preset is fetched where it is not cached.
 
     Raises:
-        ModelError: neither a preset nor a folder, or the hub cannot be reached.
+        ModelError: neither a preset nor a folder, or the hub cannot be reached, or the licence waits to be accepted.
     """
     name = str(name_or_folder)
     if name not in BACKBONES:
@@ -147,12 +151,49 @@ def find_folder(name_or_folder: str | Path) -> tuple[str, Path, str]:
     preset = BACKBONES[name]
     if name == "emoji":
         return name, Path(__file__).parent.parent / preset.source, licence(name)
+    check_accepted(name)
     return name, _fetch(name, preset), licence(name)
 
 
 def licence(name_or_folder: str) -> str:
     preset = BACKBONES.get(name_or_folder)
     return preset.licence if preset else "as stated by the model's maker"
+
+
+def check_accepted(name_or_folder: str) -> None:
+    """ModelError if it is a preset that is not for commerce and nobody here has accepted that; a folder is a person's
+    own."""
+    preset = BACKBONES.get(name_or_folder)
+    if preset is None or preset.commercial:
+        return
+    try:
+        said = (LORAS / name_or_folder / ACCEPTED).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        said = ""
+    if said != preset.licence:
+        raise ModelError(
+            f"{name_or_folder} is {preset.source}, not for commerce ({preset.licence}); if that suits you, type: "
+            f"python -m hypersd fetch {name_or_folder} --accept-licence"
+        )
+
+
+def accept(name_or_folder: str) -> None:
+    """Remember that somebody accepts the licence of a preset that is not for commerce.
+
+    Raises:
+        ModelError: it cannot be written down.
+    """
+    preset = BACKBONES.get(name_or_folder)
+    if preset is None or preset.commercial:
+        return
+    file = LORAS / name_or_folder / ACCEPTED
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{preset.licence}\n", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(
+            f"{file} cannot be written ({error.strerror}); go to a folder that can be written to"
+        ) from None
 
 
 def measured(name_or_folder: str) -> Path:

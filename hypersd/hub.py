@@ -144,13 +144,14 @@ def fetched(repository: str, wanted: Sequence[str], instead: str, what: str = ""
         cause = failure or error
         raise InputError(
             f"{asked} could not be fetched from the Hugging Face hub ({type(cause).__name__}); "
-            f"{_remedy(repository, cause)}, or {instead}"
+            f"{remedy(repository, cause)}, or {instead}"
         ) from error
     finally:
         _hear.get()(None)
 
 
-def _remedy(repository: str, error: BaseException) -> str:
+def remedy(repository: str, error: BaseException) -> str:
+    """What a person can do about what the hub's client raised; `repository` as in the address of its page."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 

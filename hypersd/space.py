@@ -96,6 +96,8 @@ def _fetched(backbone: str, methods: str | None) -> list[str]:
         return []
     if backbone not in BACKBONES:
         raise InputError(f"a Space gets its base model from the hub: choose from {', '.join(BACKBONES)}")
+    if not BACKBONES[backbone].commercial:
+        raise InputError(f"{backbone} is not for commerce ({BACKBONES[backbone].licence}); choose another --backbone")
     names = [name.strip() for name in methods.split(",")] if methods is not None else None
     there = releases.of(backbone) if names is None else releases.chosen(backbone, names)
     closed = [release for release in there if not release.commercial]

@@ -144,6 +144,15 @@ def test_licences_of_model_and_methods_are_shown() -> None:
     assert "Noto" not in said, "the artwork is the embedded model's alone"
 
 
+@pytest.mark.parametrize(("backbone", "licence"), [
+    ("sd3", "Stability AI Community License"), ("flux", "FLUX.1 [dev] Non-Commercial License"),
+])  # fmt: skip
+def test_the_licence_of_what_the_hub_guards_is_shown(backbone: str, licence: str) -> None:
+    components = ui.build(Painter(), METHODS, backbone=backbone).config["components"]
+    (said,) = [b["props"]["value"] for b in components if b["type"] == "markdown"]
+    assert f"| the base model, {backbone} | {licence}, to be accepted on the hub |" in said
+
+
 def test_figures_are_those_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypersd.ui.measured.page", str)
     app = ui.build(Painter(), METHODS, credits="", backbone="some/tiny")

@@ -31,9 +31,10 @@ from hypersd import adapters, distill
 from hypersd.__main__ import main
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
-from hypersd.emoji.prompts import Prompt
+from hypersd.emoji.prompts import THINGS, Prompt
 from hypersd.evaluate import judges, plan
 from hypersd.feedback import loop, refl, reward, structure
+from hypersd.feedback.command import _looked_at
 from hypersd.feedback.refl import Asked, Refinement, added
 from hypersd.feedback.structure import Instances, Outline, Segmenter, wrongness
 from hypersd.generate import denoise, draw
@@ -668,8 +669,16 @@ def command(
     monkeypatch.chdir(tmp_path)
     for file in tiny_adapters:
         shutil.copy(file.path, tmp_path)
-    rewards = ["--reward", str(ASSETS / "emoji-reward"), "--picker", str(ASSETS / "emoji-scorer-a")]
-    return ["refine", "tscd-4", "--backbone", str(tiny_folder), "--out", str(tmp_path), "--batch", "2", *rewards]
+    Path("own.txt").write_text("red heart\na dog\n")
+    judged = [
+        "--reward",
+        str(ASSETS / "emoji-reward"),
+        "--picker",
+        str(ASSETS / "emoji-scorer-a"),
+        "--prompts",
+        "own.txt",
+    ]
+    return ["refine", "tscd-4", "--backbone", str(tiny_folder), "--out", str(tmp_path), "--batch", "2", *judged]
 
 
 @pytest.mark.parametrize(
@@ -702,6 +711,18 @@ def test_what_cannot_be_refined_for_is_said_before_the_model_is_loaded(
     given = [word.replace("MODEL", str(mask2former)) for word in given]
     assert main([*command, *given]) == 2
     assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_another_base_is_asked_for_prompts(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model's, which are of emoji, say nothing of what another model learns."""
+    assert main(command[:-2]) == 2
+    said = capsys.readouterr().err
+    assert f"{command[3]} has no prompts of its own for the picker;" in said and "--prompts FILE" in said
+
+
+def test_the_embedded_model_has_prompts_of_its_own() -> None:
+    texts = _looked_at("emoji", None)
+    assert len(texts) >= 12 and {text.split()[-1] for text in texts} == {*THINGS}
 
 
 def test_pictures_are_needed(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

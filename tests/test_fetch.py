@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import checker
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderTiny
 from listing import ROOT
@@ -298,3 +300,69 @@ def test_a_hub_out_of_reach_is_a_sentence(server: Server, cache: Path, monkeypat
 
 def test_every_backbone_says_how_much_it_fetches() -> None:
     assert all(re.search(r"\d+ GB", preset.summary) for name, preset in BACKBONES.items() if name != "emoji")
+
+
+# -------------------------------------------------------------------------------- a base that is not for commerce
+
+FLUX = BACKBONES["flux"]
+ASKED_FOR = "not for commerce .* if that suits you, type: python -m hypersd fetch flux --accept-licence$"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, where nothing has been accepted."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("command", [
+    ["draw", "--backbone", "flux", "--prompt", "a cat"],
+    ["fetch", "flux", "tscd-cfg-8"],
+    ["evaluate", "--backbone", "flux", "--sets", "colour"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_a_base_that_is_not_for_commerce_waits_for_a_word(
+    server: Server, cache: Path, elsewhere: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(ASKED_FOR, said) and FLUX.licence in said and FLUX.source in said
+    assert not server.revisions and not server.sent, "nobody was asked for it"
+
+
+def test_a_licence_is_accepted_once(
+    server: Server, cache: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    server.offer(FLUX.source, tiny.build_flux(tmp_path / "flux"))
+    assert main(["fetch", "flux"]) == 0
+    assert f"licence: {FLUX.licence}" in capsys.readouterr().out
+    assert main(["fetch", "flux", "nothing", "--accept-licence"]) == 2
+    with pytest.raises(ModelError, match=ASKED_FOR):
+        find_folder("flux")
+    assert main(["fetch", "flux", "--accept-licence"]) == 0
+    assert not server.sent, "which is a word, and 34 GB are for another day"
+    assert Backbone.load("flux").name == "flux"
+    monkeypatch.setitem(BACKBONES, "flux", replace(FLUX, licence="another one"))
+    with pytest.raises(ModelError, match=ASKED_FOR):
+        find_folder("flux")
+
+
+def test_a_folder_of_ones_own_is_not_asked_about(elsewhere: Path) -> None:
+    assert Backbone.load(tiny.build_flux(elsewhere / "flux")).name == "flux"
+
+
+def test_the_app_asks_before_it_opens(elsewhere: Path) -> None:
+    environment = {**os.environ, "HYPERSD_BACKBONE": "flux", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-B", str(ROOT / "app.py")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1 and re.search(ASKED_FOR, done.stderr.strip())
+
+
+def test_every_base_is_listed_with_its_licence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines.keys() == BACKBONES.keys()
+    assert all(preset.licence in lines[name] and preset.summary in lines[name] for name, preset in BACKBONES.items())
+    assert [name for name, preset in BACKBONES.items() if not preset.commercial] == ["flux"]

@@ -178,6 +178,9 @@ def test_what_a_space_could_not_start_or_draw_with_is_refused(
 def test_what_is_not_for_commerce_is_not_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["space", "--out", str(tmp_path / "a"), "--backbone", "sdxl", "--with", "hyper,dmd2"]) == 2
     assert "dmd2 is CC BY-NC 4.0" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert main(["space", "--out", str(tmp_path / "a"), "--backbone", "flux"]) == 2
+    assert "flux is not for commerce (FLUX.1 [dev] Non-Commercial" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
     lay_out(tmp_path / "b", "sdxl")
     line = next(line for line in (tmp_path / "b/app.py").read_text().splitlines() if "HYPERSD_FETCH" in line)
     assert "lightning" in line and not any(name in line for name in ("dmd2", "flash", "turbo", "hyper-unet", "perflow"))

@@ -52,8 +52,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
+        if secret := self.headers.get("Authorization"):
+            self.server.knocked.append((self.path, secret))
         answer = self.server.answers.get(self.path, (404, {}, b""))
         code, headers, body = answer(self.server.asked[self.path]) if callable(answer) else answer
+        if (span := self.headers.get("Range")) and code == 200 and self.path not in self.server.whole:
+            code, headers, body = self._part(span, headers, body)
         self.send_response(code)
         length = {} if "Transfer-Encoding" in headers else {"Content-Length": str(len(body))}
         for name, value in {"Connection": "close", **length, **headers}.items():
@@ -67,11 +71,30 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         self.close_connection = True
 
+    def do_POST(self) -> None:
+        self.server.posted = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def _part(self, span: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Of bytes=2-5 those four, of bytes=-3 the last three."""
+        low, high = span.removeprefix("bytes=").split("-")
+        size = len(body)
+        first, last = (int(low), min(int(high), size - 1)) if low else (max(0, size - int(high)), size - 1)
+        if first > last:
+            return 416, {}, b""
+        self.server.spans.append((self.path, first, last))
+        part = body[first : last + 1]
+        return 206, {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}, part
+
     def log_message(self, *_: Any) -> None: ...
 
 
 class Server(ThreadingHTTPServer):
-    """`answers` by path, each (status, headers, body) or a function of how often it was asked for."""
+    """`answers` by path, each (status, headers, body) or a function of how often it was asked for.
+
+    Parts are sent of all but the `whole` ones; `spans` are (path, first byte, last byte) of those that were. `posted`
+    is what came with the last POST, `knocked` are (path, value) of all that came with an Authorization.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -81,6 +104,10 @@ class Server(ThreadingHTTPServer):
         self.answers: dict[str, Answer | Callable[[int], Answer]] = {}
         self.slow: dict[str, float] = {}  # seconds before each 100 bytes
         self.asked: Counter[str] = Counter()
+        self.whole: set[str] = set()
+        self.spans: list[tuple[str, int, int]] = []
+        self.posted = b""
+        self.knocked: list[tuple[str, str]] = []
 
     def put(self, path: str, body: bytes | Image.Image, headers: Mapping[str, str] | None = None) -> str:
         self.answers[path] = (200, dict(headers or {}), body if isinstance(body, bytes) else jpeg(body))

@@ -1,6 +1,6 @@
 """An index of the web -> captioned squares to train on, as webdataset tars that `open_source` reads.
 
-    python -m hypersd gather INDEX... --out FOLDER
+    python -m hypersd gather INDEX... --out FOLDER      parquet files, folders, or addresses: https://.., hf://datasets/..
 
 Hyper-SD (arXiv:2404.13686) learns from parts of LAION and COYO, chosen as for SDXL-Lightning (arXiv:2402.13929, section
 3.6): both sides above 1024 pixels, LAION's aesthetic score above 5.5, sharp by the Laplacian, captions cleaned,
@@ -177,12 +177,17 @@ class _Work:
 
     def settle(self) -> None:
         """Write down what decides the bytes, or make sure that it is what was written down."""
-        files = [[file.name, file.stat().st_size] for file in self.index.files]
-        scored = self.scorer is not None
+        files, scored = self.index.stamps, self.scorer is not None
         now = {"format": FORMAT, **asdict(self.wanted), "scored": scored, "rows": self.index.rows, "index": files}
         file = self.out / SETTINGS
         if file.is_file() and (then := json.loads(file.read_text(encoding="utf-8"))) != now:
             changed = [name for name in now if then.get(name) != now[name]]
+            both = zip(then["index"], files, strict=False)
+            if other := [new[0] for old, new in both if old[0] == new[0] and old != new]:
+                raise InputError(
+                    f"{other[0]} is not the file that it was when {self.out} was begun; choose another folder with "
+                    "--out to gather it anew"
+                )
             raise InputError(
                 f"{self.out} was begun with another {', '.join(changed)}; choose another folder with --out"
             )

@@ -10,7 +10,8 @@
 | text and picture agree | similarity | clip_similarity_vitb32 |
 | licence | LICENSE | |
 
-An index is cut into pieces of rows, each read by itself; a row has the same number whoever reads it.
+An index is cut into pieces of rows, each read by itself; a row has the same number whoever reads it. Its files lie on
+this disk or elsewhere on the web (remote.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hypersd.data import remote
+from hypersd.data.remote import Remote
 from hypersd.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, Columns, SourceError, open_parquet
+from hypersd.records import Problem
 
 COLUMNS = {  # ours -> theirs in small letters, the first that is there
     "url": ("url", "image_url"),
@@ -57,7 +61,7 @@ class Entry:
 class Span:
     """A piece: (row group, first row in it, how many) of a file; `number` is the first one's number."""
 
-    file: Path
+    file: Path | Remote
     parts: tuple[tuple[int, int, int], ...]
     number: int
 
@@ -74,16 +78,16 @@ class Index:
         SourceError: a file is damaged, or has no column of texts, or none of addresses or pictures.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[Path | Remote, ...]
     rows: int
-    _held: tuple[tuple[Path, int], Any] | None = field(default=None, repr=False)
+    _held: tuple[tuple[Path | Remote, int], Any] | None = field(default=None, repr=False)
 
     @cached_property
     def spans(self) -> list[Span]:
         found: list[Span] = []
         number = 0
         for file in self.files:
-            about, parts, room = open_parquet(file).metadata, list[tuple[int, int, int]](), self.rows
+            about, parts, room = _opened(file).metadata, list[tuple[int, int, int]](), self.rows
             for group in range(about.num_row_groups):
                 first, size = 0, about.row_group(group).num_rows
                 while first < size:
@@ -99,9 +103,17 @@ class Index:
         return found
 
     @cached_property
-    def known(self) -> dict[Path, dict[str, str]]:
+    def known(self) -> dict[Path | Remote, dict[str, str]]:
         """For each file what its columns are called, by our names for them."""
-        return {file: _columns(open_parquet(file).schema_arrow.names, file.name) for file in self.files}
+        return {file: _columns(_opened(file).schema_arrow.names, file.name) for file in self.files}
+
+    @property
+    def stamps(self) -> list[list[Any]]:
+        """For each file its name, and then what changes when its content does, ready for JSON."""
+        return [
+            [file.name, file.stat().st_size] if isinstance(file, Path) else [file.name, file.size, file.tag]
+            for file in self.files
+        ]
 
     def lacks(self, name: str) -> list[str]:
         """The files that say nothing about it."""
@@ -110,37 +122,52 @@ class Index:
     def read(self, piece: int) -> Iterator[Entry]:
         span = self.spans[piece]
         columns, number = self.known[span.file], span.number
+        folder = span.file.parent if isinstance(span.file, Path) else None
         for group, first, count in span.parts:
             for batch in self._group(span.file, group).slice(first, count).to_batches(64):
                 for row in batch.to_pylist():
-                    yield _entry(number, {ours: row[theirs] for ours, theirs in columns.items()}, span.file.parent)
+                    yield _entry(number, {ours: row[theirs] for ours, theirs in columns.items()}, folder)
                     number += 1
 
-    def _group(self, file: Path, group: int) -> Any:
+    def _group(self, file: Path | Remote, group: int) -> Any:
         """The wanted columns of a row group; the last one is kept, since LAION's hold many pieces."""
         if self._held is None or self._held[0] != (file, group):
             self._held = None  # two at once may not fit
             try:
-                table = open_parquet(file).read_row_group(group, columns=list(self.known[file].values()))
+                table = _opened(file).read_row_group(group, columns=list(self.known[file].values()))
+            except Problem:  # of a server's
+                raise
             except (OSError, ValueError) as error:
                 raise SourceError(f"{file.name} is damaged ({error}); download it again") from error
             self._held = ((file, group), table)
         return self._held[1]
 
 
-def open_index(places: Sequence[Path], rows: int) -> Index:
-    """The index in these parquet files, or in folders of them, in the order of their names.
+def open_index(places: Sequence[str | Path], rows: int) -> Index:
+    """The index in these parquet files, or in folders of them, in the order of their names; any may be addresses.
 
     Raises:
         SourceError: there is none.
+        DataError: a server cannot be reached.
     """
-    files: list[Path] = []
+    files: list[Path | Remote] = []
     for place in places:
-        found = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
-        if not found or not all(file.is_file() for file in found):
-            raise SourceError(f"{place} is neither a parquet file nor a folder of them; download the index first")
-        files += found
+        files += remote.find(str(place)) if remote.is_remote(place) else _local(Path(place))
     return Index(tuple(files), rows)
+
+
+def _local(place: Path) -> list[Path]:
+    found = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
+    if not found or not all(file.is_file() for file in found):
+        raise SourceError(
+            f"{place} is neither a parquet file nor a folder of them; download the index first, or give its address, "
+            "https://.. or hf://datasets/.."
+        )
+    return found
+
+
+def _opened(file: Path | Remote) -> Any:
+    return open_parquet(file if isinstance(file, Path) else file.open())
 
 
 def _columns(names: Sequence[str], where: str) -> dict[str, str]:
@@ -156,7 +183,7 @@ def _columns(names: Sequence[str], where: str) -> dict[str, str]:
     return found
 
 
-def _entry(number: int, row: Mapping[str, Any], folder: Path) -> Entry:
+def _entry(number: int, row: Mapping[str, Any], folder: Path | None) -> Entry:
     numbers = {name: value for name in NUMBERS if (value := _number(row.get(name))) is not None}
     text, licence = row["caption"], row.get("licence")
     return Entry(
@@ -175,11 +202,13 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _picture(cell: object, folder: Path) -> bytes:
+def _picture(cell: object, folder: Path | None) -> bytes:
     """The content of a cell, or of the file it names below the index's folder and nowhere else; else nothing."""
     content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, cell)
     if isinstance(content, bytes):
         return content
+    if folder is None:
+        return b""
     try:
         file = (folder / path).resolve() if isinstance(path, str) else folder
         return file.read_bytes() if file.is_file() and file.is_relative_to(folder.resolve()) else b""

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from hypersd.records import InputError
+from hypersd.records import InputError, Problem
 
 PIECE = 1000  # samples; tars keep the size they were made with
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -331,14 +331,17 @@ def _record(file: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def open_parquet(file: Path) -> Any:
-    """An opened parquet file. SourceError if it is none, or if nothing here can read one."""
+def open_parquet(file: Any) -> Any:
+    """A parquet file, given by its path or as an opened one with a name. SourceError if it is none, or if nothing here
+    can read one."""
     try:
         import pyarrow.parquet  # 150 MB that only readers of parquet need
     except ImportError:
         raise SourceError("parquet files need pyarrow; install it with: pip install pyarrow") from None
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=not isinstance(file, Path))  # in as few reads as may be
+    except Problem:  # of whoever reads it for pyarrow
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise SourceError(f"{file.name} is damaged or not a parquet file ({reason}); download it again") from error

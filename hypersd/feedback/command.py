@@ -127,7 +127,8 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", action="append", default=[], help="folder of a reward model or of a scorer; may be "
                         "given more than once (default: assets/emoji-reward)")  # fmt: skip
     parser.add_argument("--picker", required=True, help="folder of a reward that is not optimised and picks the update")
-    parser.add_argument("--prompts", help="what the picker looks at: a text file, one prompt a line")
+    parser.add_argument("--prompts", help="what the picker looks at and nothing learns from: a text file, one prompt a "
+                        "line (default: the embedded model's)")  # fmt: skip
     parser.add_argument("--structure", default=0.0, help="weight of the structure loss (default: none)")
     parser.add_argument("--segmenter", default="assets/emoji-segmenter", help="of the structure loss: ours, or a "
                         "Mask2Former or MaskFormer, a folder or on the hub (default: %(default)s)")  # fmt: skip
@@ -137,8 +138,6 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refine_run(given: argparse.Namespace) -> Lines:
     from hypersd import distill
-    from hypersd.emoji import prompts
-    from hypersd.evaluate import plan
     from hypersd.feedback import refl, reward
 
     folder, parent, asked = _parent(given)
@@ -147,16 +146,35 @@ def refine_run(given: argparse.Namespace) -> Lines:
     runs = Path(given.runs) / path.stem
     for place in (folder, runs):
         distill.check_folder(place)
-    looked_at = (
-        plan.read(Path(given.prompts)) if given.prompts else [p for p in prompts.load() if p.set == "colour"][::4]
-    )
+    texts = _looked_at(given.backbone, given.prompts)
     find = _segmenter(given, asked, parent)
     *rewards, picker = (reward.load(Path(place)) for place in (*_rewards(given), given.picker))
-    recipe, texts = _recipe(given), [prompt.text for prompt in looked_at]
+    recipe = _recipe(given)
     objective = _base(given).refinement(parent, rewards, asked, recipe, picker=picker, prompts=texts, structure=find)
     made = refl.run(objective, recipe, runs, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
     yield f"{path}: after {made.look.step} updates {told}"
+
+
+def _looked_at(backbone: str, file: str | None) -> list[str]:
+    """The prompts that the picker judges by. Raises InputError: none are given, and the base has none of its own."""
+    from hypersd.evaluate import plan
+
+    if file:
+        return [prompt.text for prompt in plan.read(Path(file))]
+    if backbone != "emoji":
+        raise InputError(
+            f"{backbone[:80]} has no prompts of its own for the picker; write some that are no captions of your data, "
+            "one a line, and give the file: --prompts FILE"
+        )
+    return _own()[::4]
+
+
+def _own() -> list[str]:
+    """The embedded model's prompts that nothing is trained on."""
+    from hypersd.emoji import prompts
+
+    return [prompt.text for prompt in prompts.load() if prompt.set == "colour"]
 
 
 def _rewards(given: argparse.Namespace) -> list[str]:
@@ -220,11 +238,10 @@ def loop_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def loop_run(given: argparse.Namespace) -> Lines:
-    from hypersd.emoji import prompts
     from hypersd.feedback import loop
 
     folder, parent, asked = _parent(given)
-    own = [p.text for p in prompts.load() if p.set == "colour"] if given.backbone == "emoji" else []
+    own = _own() if given.backbone == "emoji" else []
     settings = loop.Settings(
         asked,
         least=whole_number(given.least, "least", 1, MANY),
