@@ -18,7 +18,7 @@ from test_scorer import towers
 from test_text import TEXTS, bag_of_words
 from transformers import CLIPTokenizer
 
-from hypersd.emoji import artwork, autoencoder, decoder, scorer, synonyms, teacher, text
+from hypersd.emoji import artwork, autoencoder, decoder, scorer, teacher, text
 from hypersd.train import Objective, Recipe, Run
 
 UPDATES = 3
@@ -49,15 +49,6 @@ def synthetic(runs: Path, count: int = 12) -> None:
     torch.save(torch.from_numpy(rng.standard_normal((count, 8, 16, 16)).astype(np.float32)), runs / "latents.pt")
     torch.manual_seed(0)
     autoencoder.network().save_pretrained(runs / "autoencoder" / "export")
-    teacher.network().save_pretrained(runs / "teacher" / "export")
-    tokens = tokenizer()
-    text.export(text.Tower(len(tokens), tokens.bos_token_id, tokens.eos_token_id), tokens, runs / "text" / "export")
-
-
-def wordings() -> list[synonyms.Wording]:
-    """Each of three texts means one thing of the synthetic pictures that is trained on."""
-    labels = ("thing 0", "thing 1", "thing 4")
-    return [synonyms.Wording(t, label) for t, label in zip(TEXTS[1:4], labels, strict=True)]
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -80,10 +71,6 @@ PARTS: dict[str, Callable[[Path], tuple[Objective, Recipe]]] = {
     "text": lambda runs: (
         text.Distillation(text.Corpus(TEXTS, TEXTS[:2], TEXTS[1:4]), tokenizer(), bag_of_words, short(text.RECIPE)),
         short(text.RECIPE),
-    ),
-    "synonyms": lambda runs: (
-        synonyms.Understanding(runs, TEXTS[4:], wordings(), short(synonyms.RECIPE)),
-        short(synonyms.RECIPE),
     ),
     "scorer": lambda runs: (
         scorer.Matching(*artwork.load(runs / "artwork")[::2], None, towers(), short(scorer.RECIPE)),

@@ -8,11 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from parts import PARTS, UPDATES, synthetic
@@ -20,9 +17,8 @@ from test_text import TEXTS, bag_of_words
 from torch import Tensor
 
 from hypersd import checkpoint
-from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, restore, synonyms, teacher, text
+from hypersd.emoji import artwork, assemble, autoencoder, decoder, measure, restore, teacher, text
 from hypersd.records import InputError
-from hypersd.train import Run
 
 
 @pytest.fixture(scope="module")
@@ -92,34 +88,6 @@ def test_decoder_stage_leaves_the_encoder_alone(runs: Path) -> None:
     assert not any(
         n.startswith(("encoder.", "quant_conv.")) for n, p in objective.vae.named_parameters() if p.requires_grad
     )
-
-
-def test_another_wording_is_a_text_that_means_one_label_and_no_more() -> None:
-    """Only texts whose nearest label is near, has pictures and leaves nothing of the text unsaid."""
-    places = {"cat": (1.0, 0.0), "moggy": (0.9, 0.43), "red moggy": (0.9, 0.43), "moggy and dog": (0.9, 0.43),
-              "doggo": (0.1, 0.99), "dog": (0.0, 1.0), "the whole nine yards of moggies": (0.9, 0.43),
-              "theory": (-0.8, -0.6), "pooch": (0.1, 0.99), "kittens": (0.99, 0.1)}  # fmt: skip
-
-    def teach(texts: Sequence[str]) -> np.ndarray:
-        return np.array([places[t] for t in texts], np.float32)
-
-    texts = [t for t in places if t != "dog"]
-    found = synonyms.wordings(texts, ["cat", "dog"], teach, frozenset({"cat", "dog"}))
-    # "doggo" and "kitten" are asked for by the measure; "cat" is the label itself
-    assert found == [("moggy", "cat"), ("pooch", "dog")]
-    assert synonyms.wordings(texts, ["cat", "dog"], teach, frozenset({"cat"})) == [("moggy", "cat")]
-
-
-def test_texts_come_to_be_read_as_their_labels_and_captions_as_before(runs: Path, tmp_path: Path) -> None:
-    objective, _ = PARTS["synonyms"](runs)
-    assert isinstance(objective, synonyms.Understanding)
-    objective.recipe = recipe = replace(synonyms.RECIPE, updates=24, batch=3, warmup=1, cooldown=12, lr=2e-3)
-    before, run = objective.sheet(tmp_path, 0), Run(objective, recipe, tmp_path)
-    while run.step < recipe.updates:
-        run.update()
-    after = objective.sheet(tmp_path, run.step)
-    assert before["changed"] == 0 < after["changed"] < before["apart"] / 4
-    assert after["apart"] < before["apart"] / 4
 
 
 def test_captions_are_dropped_and_styled_as_often_as_said(runs: Path) -> None:

@@ -8,7 +8,6 @@ PARTS = {
     "autoencoder": "train 128 px <-> 16 x 16 x 8 latents",
     "text": "train the text encoder by distilling a sentence encoder",
     "teacher": "train the denoiser on cached latents and text states",
-    "synonyms": "go on with the text encoder, for words outside the captions",
     "decoder": "go on with the autoencoder's decoder alone",
     "assemble": "put the trained parts into assets/emoji-sd",
     "restore": "take assets/emoji-sd apart again, to go on training where there are no runs",

@@ -5,7 +5,6 @@ python -m hypersd emoji assemble
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hypersd.backbone import Backbone
-from hypersd.emoji import artwork, autoencoder, scorer, teacher, text
+from hypersd.emoji import artwork, autoencoder, teacher
 from hypersd.folders import write_manifest
 
 ASSETS = artwork.MANIFEST.parent
@@ -33,7 +32,6 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
     parts = {part: runs / part / "export" for part in ("autoencoder", "text", "teacher")}
     if (runs / "decoder" / "export").exists():
         parts["autoencoder"] = runs / "decoder" / "export"  # the same encoder, a better decoder
-    parts["text"] = text.newest(runs)
     if not parts["teacher"].exists():
         parts["teacher"] = runs / "teacher" / "start"  # as `restore` took it out, not trained further
     for part, folder in parts.items():
@@ -59,25 +57,11 @@ def make(runs: Path, *, minutes: float | None = None, assets: Path = ASSETS) -> 
         file.chmod(0o644)  # safetensors leaves them readable to nobody else
     write_manifest(staging)
     if final.exists():
-        _carry_judges(assets, final, staging)
         os.replace(final, old)
     os.replace(staging, final)
     shutil.rmtree(old, ignore_errors=True)
     sheet = draw(Backbone.load(final), teacher.SHEET_PROMPTS, "sheet")
     autoencoder.save_grid(autoencoder.to_float(sheet), assets / "emoji-sheet.png", 8)
-
-
-def _carry_judges(assets: Path, before: Path, after: Path) -> None:
-    """Those that read with the text encoder of `before` shall read with that of `after`; others are left alone."""
-    trunks = [
-        scorer.trunk_sha256(CLIPTextModel.from_pretrained(f / "text_encoder", dtype=torch.float32))
-        for f in (before, after)
-    ]
-    texts = sorted({c for row in artwork.read_manifest() for c in artwork.captions(row)})
-    for about in sorted(assets.glob("*/scorer.json")):
-        if trunks[0] != trunks[1] and json.loads(about.read_text(encoding="utf-8"))["text_encoder"] == trunks[0]:
-            close = scorer.carry(about.parent, texts, before, after)
-            tqdm.write(f"{about.parent.name} reads with the new text encoder; cosine of texts' places {close:.4f}")
 
 
 @torch.inference_mode()

@@ -306,28 +306,6 @@ def load(folder: Path, model: Path = ASSETS / "emoji-sd") -> Scorer:
     return scorer.requires_grad_(False).eval()
 
 
-@torch.inference_mode()
-def carry(folder: Path, texts: Sequence[str], before: Path, after: Path) -> float:
-    """Have a scorer, or a reward model, read with another text encoder: its projection is fitted anew.
-
-    By ridge regression on the texts, so that they keep their places among the pictures; `before` and `after` are models
-    as `load` takes them. Returns the mean cosine between both places of a text.
-
-    Raises:
-        ArtworkError: it was trained on another text encoder than that of `before`.
-    """
-    scorer = load(folder, before)
-    targets = scorer.text.text_projection(text_states(scorer, texts)).double()
-    encoder = CLIPTextModel.from_pretrained(after / "text_encoder", local_files_only=True, dtype=torch.float32)
-    scorer.text.text_model.load_state_dict(encoder.state_dict())
-    states = text_states(scorer, texts).double()
-    ridge = 1e-6 * states.square().sum() * torch.eye(states.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(states.T @ states + ridge, states.T @ targets).T
-    scorer.text.text_projection.weight.copy_(weight)
-    export(scorer, folder)
-    return float(F.cosine_similarity(states @ weight.T, targets).mean())
-
-
 def trunk_sha256(trunk: nn.Module) -> str:
     """One hash over the tensors of a text encoder as they are stored, in fp16."""
     key = hashlib.sha256()
@@ -357,7 +335,7 @@ def make(runs: Path, *, minutes: float | None = None, only: str | None = None, a
         if only not in (None, kind.name):
             continue
         recipe = replace(RECIPE, seed=kind.seed)
-        objective = Matching(pictures, rows, kind.half, text_tower(text.newest(runs)), recipe)
+        objective = Matching(pictures, rows, kind.half, text_tower(runs / "text" / "export"), recipe)
         run = Run(objective, recipe, runs / f"scorer-{kind.name}")
         if not run.advance(minutes=minutes):
             tqdm.write(f"scorer {kind.name}: {run.step} of {recipe.updates} updates done; run this again to go on")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hypersd.emoji import artwork, autoencoder, text
+from hypersd.emoji import artwork, autoencoder
 from hypersd.generate import grid, trajectory
 from hypersd.methods import METHODS
 from hypersd.schedule import Schedule
@@ -112,13 +112,12 @@ class CachedData:
 
 def cache(run: Path) -> None:
     """Encode every caption and every picture once; what an unchanged encoder has encoded before is kept."""
-    encoder = text.newest(run)
-    if _stale(run / "states.npy", encoder):
+    if _stale(run / "states.npy", run / "text" / "export"):
         _, _, rows = artwork.load(run / "artwork")
         texts = sorted({"", *SHEET_PROMPTS, *(c for r in rows for c in artwork.captions(r))})
         (run / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-        np.save(run / "states.npy", encode_texts(encoder, texts))
-        _stamp(run / "states.npy", encoder)
+        np.save(run / "states.npy", encode_texts(run / "text" / "export", texts))
+        _stamp(run / "states.npy", run / "text" / "export")
     if _stale(run / "latents.pt", run / "autoencoder" / "export"):
         pictures, _, _ = artwork.load(run / "artwork")
         vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "export", torch_dtype=torch.float32)
@@ -128,12 +127,12 @@ def cache(run: Path) -> None:
 
 def _stale(path: Path, weights: Path) -> bool:
     """Whether `path` is missing or was made by other weights than those in the folder `weights`."""
-    mark, digest = path.with_suffix(".made-by"), weights_digest(weights)
+    mark, digest = path.with_suffix(".made-by"), _weights_digest(weights)
     return not (path.exists() and mark.exists() and mark.read_text() == digest)
 
 
 def _stamp(path: Path, weights: Path) -> None:
-    path.with_suffix(".made-by").write_text(weights_digest(weights))
+    path.with_suffix(".made-by").write_text(_weights_digest(weights))
 
 
 @torch.inference_mode()
@@ -148,8 +147,7 @@ def encode_texts(folder: Path, texts: Sequence[str], batch: int = 256) -> np.nda
     return np.concatenate(parts)
 
 
-def weights_digest(folder: Path) -> str:
-    """One hash over the weights in a folder. Raises ArtworkError if there are none."""
+def _weights_digest(folder: Path) -> str:
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         raise artwork.ArtworkError(
@@ -193,7 +191,7 @@ class Denoising:
         return {"unet": self.unet}
 
     def describe(self) -> dict[str, Any]:
-        start = {"start": weights_digest(self.start)[:16]} if self.start.exists() else {}
+        start = {"start": _weights_digest(self.start)[:16]} if self.start.exists() else {}
         return {"empty": EMPTY, "styled": STYLED, "noise": NOISE, "data": self._digest, **start}
 
     @cached_property

@@ -374,21 +374,10 @@ def load(folder: Path) -> tuple[Tower, CLIPTokenizer]:
     return tower.eval(), tokenizer
 
 
-def newest(runs: Path) -> Path:
-    """The folder of the text encoder that is drawn with: what `emoji synonyms` made of it, if it did."""
-    told = runs / "synonyms" / "export"
-    return told if told.exists() else runs / "text" / "export"
-
-
-def read_corpus() -> Corpus:
-    """The texts that the embedded model learns from. Raises MissingTeacher, MissingDictionary."""
-    encoder_words = words.whole_words((sentence_encoder() / "vocab.txt").read_text(encoding="utf-8").splitlines())
-    return corpus(list(artwork.read_manifest()), encoder_words, words.DICTIONARY)
-
-
 def make(runs: Path, *, minutes: float | None = None) -> None:
     """Train, or go on training; ends with the folder `text/export` holding the averaged weights."""
-    texts = read_corpus()
+    encoder_words = words.whole_words((sentence_encoder() / "vocab.txt").read_text(encoding="utf-8").splitlines())
+    texts = corpus(list(artwork.read_manifest()), encoder_words, words.DICTIONARY)
     tqdm.write(f"text: {len(texts.train)} texts to learn from, {len(texts.held_out)} held out")
     tokenizer = kept_tokenizer(runs / "text" / f"tokenizer-{texts.digest()}", texts)
     objective = Distillation(texts, tokenizer, SentenceEncoder(runs / "text"))
