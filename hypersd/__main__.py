@@ -206,6 +206,8 @@ def evaluate_command(given: argparse.Namespace) -> None:
     from hypersd import evaluate
     from hypersd.evaluate import ladder, plan
 
+    if given.guidance is not None and (given.ladder or given.publish):
+        raise InputError("what is published, and the ladder, are of the teacher as it is drawn; leave --guidance out")
     kind = "-ladder" if given.ladder else "-ablation" if given.ablation else "-quick" if given.quick else ""
     out, artwork = Path(given.out or f"runs/evaluate{kind}"), Path(given.artwork)
     if given.ladder:

@@ -10,6 +10,7 @@ import contextvars
 import hashlib
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,6 +71,7 @@ class Watch:
 
 
 UNWATCHED = Watch()
+PAUSE = 0.1  # seconds between two methods' downloads, in which visitors take their turn
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Engine:
         self._download: Download | None = None
         self._fetching = ""  # the method whose files are being downloaded, "" while they are everybody's
         self._failed: dict[str, str] = {}  # why, by the same name
+        self._background: threading.Thread | None = None  # prepares what nobody has asked for yet
         self._shelf: Shelf[Drawing] = Shelf(keep_bytes)
 
     @property
@@ -144,11 +147,12 @@ class Engine:
             then = f", then {files}, {amount(1e6 * sum(left))}" if left else ""
             return Coming(f"{download}{then}", download.done / max(download.size, 1))
         if self._failed:
-            problem = next(iter(self._failed.values()))
-            return Coming(f"{problem.rstrip('.')}. The next drawing tries again", failed=True)
+            name, problem = next(iter(self._failed.items()))
+            by = f" with {self.methods[name].title}" if name else ""
+            return Coming(f"{problem.rstrip('.')}. The next drawing{by} tries again", failed=True)
         if left:
             return Coming(f"{files} to come, {amount(1e6 * sum(left))}")
-        return None if self.ready else Coming()
+        return None if self._at_hand() else Coming()
 
     def load_now(self) -> None:
         """Load everything in this thread, before the app is served; a failure is told of in the log and tried again.
@@ -170,12 +174,14 @@ class Engine:
                 self(first, next(iter(self.methods)))
             except InputError as problem:
                 log.warning("warm-up: %s", problem)
+            except Exception:  # what is to come can be drawn with all the same
+                log.exception("warm-up")
             if "" not in self._failed:
                 self._prepare_all()
 
-        thread = threading.Thread(target=work, name="warm-up", daemon=True)
-        thread.start()
-        return thread
+        self._background = threading.Thread(target=work, name="warm-up", daemon=True)
+        self._background.start()
+        return self._background
 
     def __call__(self, request: Request, method: str, watch: Watch = UNWATCHED) -> Drawing:
         """Draw, or hand out the panel of an equal earlier request.
@@ -195,6 +201,9 @@ class Engine:
             tell = self._teller(watch)
             with _Turn(self._preparing, watch.stop, tell):
                 self._prepare(method, tell)
+            self._go_on()
+            if watch.stop():
+                raise Stopped
             row = self._row(method)
         with _Turn(self._turn, watch.stop):
             if found := self._found(request, row, watch):  # drawn by somebody else while we waited
@@ -222,7 +231,11 @@ class Engine:
         return self.methods[method]
 
     def _prepared(self, row: MethodRow) -> bool:
-        return self.ready and not row.lacks and (self._filter is None or self._filter.ready)
+        return self._at_hand() and not row.lacks
+
+    def _at_hand(self) -> bool:
+        """Whether all is in memory that every drawing needs."""
+        return self.ready and (self._filter is None or self._filter.ready)
 
     def _teller(self, watch: Watch) -> Callable[[], None]:
         """A function that tells the watcher what is being downloaded, wherever that is something new."""
@@ -270,15 +283,30 @@ class Engine:
         return self.methods[self._fetching].title if self._fetching else ""
 
     def _prepare_all(self) -> None:
-        """The same for all methods, or none where the base cannot be had; failures are told of in the log."""
-        for name in self.methods:
+        """The same for all methods, or none where the base cannot be had; failures are told of in the log.
+
+        What failed before is left to whoever draws with it.
+        """
+        for name in [name for name in self.methods if name not in self._failed]:
+            fetched = self.methods[name].lacks
             try:
                 with self._preparing:
                     self._prepare(name)
             except InputError as problem:
                 log.warning("%s: %s", "the weights" if "" in self._failed else name, problem)
-                if "" in self._failed:
-                    return
+            except Exception:
+                log.exception("%s could not be prepared", name)
+            if "" in self._failed or not self.ready:
+                return
+            if fetched:
+                time.sleep(PAUSE)  # locks are not fair: a visitor who waits for this one gets it now
+
+    def _go_on(self) -> None:
+        """Download in a thread what other methods lack, if a failure had ended that."""
+        running = self._background and self._background.is_alive()
+        if not running and any(row.lacks for name, row in self.methods.items() if name not in self._failed):
+            self._background = threading.Thread(target=self._prepare_all, name="downloads", daemon=True)
+            self._background.start()
 
     def _loaded(self) -> Any:
         try:

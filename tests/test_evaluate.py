@@ -369,7 +369,7 @@ def test_without_judge_and_artwork_the_rest_is_measured(
 
 
 def test_students_are_held_to_the_teacher_at_the_guidance_that_taught_them(
-    tiny_backbone: Backbone, results: Path
+    tiny_backbone: Backbone, results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only the teacher's pictures are drawn at it; it is part of the plan, so no folder mixes two."""
     taught = small(guidance="2.5")
@@ -381,6 +381,8 @@ def test_students_are_held_to_the_teacher_at_the_guidance_that_taught_them(
         plan.claim(results, {**json.loads((results / plan.PLAN).read_text(encoding="utf-8")), "teacher_guidance": 2.5})
     with pytest.raises(InputError, match="guidance must be a number from 0 to 30, got 'much'"):
         small(guidance="much")
+    assert main(["evaluate", "--guidance", "2", "--publish"]) == main(["evaluate", "--guidance", "2", "--ladder"]) == 1
+    assert capsys.readouterr().err.count("are of the teacher as it is drawn; leave --guidance out") == 2
 
 
 def test_what_fails_on_the_ladder_is_dropped_with_its_figure(

@@ -185,6 +185,23 @@ def test_a_server_without_parts_is_not_asked_for_a_whole_file(server: Server, tm
     )
 
 
+def test_a_server_that_does_not_know_spans_without_a_beginning(server: Server, tmp_path: Path) -> None:
+    file, server.spelt_out = large(tmp_path / "a.parquet"), True
+    server.slow["/index/part-0.parquet"] = 0.0001
+    url = offered(server, file)
+    index = open_index([url], GROUP)
+    assert len(index.spans) == 10
+    server.slow.clear()
+    assert list(index.read(3)) == list(open_index([file], GROUP).read(3))
+    assert sent(server) < file.stat().st_size // 20
+
+
+def test_an_address_with_a_password_is_not_repeated(server: Server) -> None:
+    with pytest.raises(SourceError, match="names a user, which is not supported") as problem:
+        _ = open_index(["https://me:secret@127.0.0.1/a.parquet"], ROWS).spans
+    assert "secret" not in str(problem.value)
+
+
 @pytest.mark.parametrize(("path", "answer", "sentence"), [
     ("/none", (404, {}, b""), "its server has no such file (404); check the address"),
     ("/shut", (403, {}, b""), "its server does not let us have it (403); get an address that it opens"),

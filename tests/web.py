@@ -56,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.knocked.append((self.path, secret))
         answer = self.server.answers.get(self.path, (404, {}, b""))
         code, headers, body = answer(self.server.asked[self.path]) if callable(answer) else answer
-        if (span := self.headers.get("Range")) and code == 200 and self.path not in self.server.whole:
+        span, whole = self.headers.get("Range", ""), self.path in self.server.whole
+        if span and code == 200 and not whole and not (span.startswith("bytes=-") and self.server.spelt_out):
             code, headers, body = self._part(span, headers, body)
         self.send_response(code)
         length = {} if "Transfer-Encoding" in headers else {"Content-Length": str(len(body))}
@@ -105,6 +106,7 @@ class Server(ThreadingHTTPServer):
         self.slow: dict[str, float] = {}  # seconds before each 100 bytes
         self.asked: Counter[str] = Counter()
         self.whole: set[str] = set()
+        self.spelt_out = False  # whether spans need a first byte; those without are answered with the whole file
         self.spans: list[tuple[str, int, int]] = []
         self.posted = b""
         self.knocked: list[tuple[str, str]] = []

@@ -130,6 +130,8 @@ def find(address: str) -> list[Remote]:
             f"{address} is a pattern, and web servers have no lists of their files; name each, as bash does with "
             "part-{0000..0127}.parquet"
         )
+    if parts.username is not None:
+        raise SourceError(f"the address at {parts.hostname} names a user, which is not supported; download the file")
     name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return [_opened(Remote(name, quote(address, safe="%/:=&?~#+!$,;'@()*[]")))]
 
@@ -237,12 +239,15 @@ def _once(name: str, url: str, secret: Mapping[str, str], span: str) -> tuple[by
         request.add_unredirected_header(header, value)
     with urlopen(request, timeout=SECONDS) as answer:
         tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-        if span == f"-{END}" and answer.status == 200 and 0 < (answer.length or 0) <= END:  # its end is all of it
+        whole = (answer.length or 0) if span == f"-{END}" and answer.status == 200 else 0
+        if 0 < whole <= END:  # its end is all of it
             return (content := answer.read()), len(content), tag
         told = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range") or "")
-        if answer.status != 206 or not told:  # and of the whole file nothing is read
+        if answer.status == 206 and told:
+            return answer.read(), int(told[1]), tag
+        if not whole:  # and of the whole file nothing is read
             raise SourceError(f"{name}: its server sends whole files and no parts; download it and give the file")
-        return answer.read(), int(told[1]), tag
+    return _once(name, url, secret, f"{whole - END}-{whole - 1}")  # some servers do not know spans without a beginning
 
 
 def _refusal(name: str, error: HTTPError) -> str:

@@ -11,7 +11,7 @@ from hypersd import sweep as grids
 from hypersd.engine import plan, stream
 from hypersd.records import InputError, Request
 from hypersd.ui.board import Board, State
-from hypersd.ui.compare import Screen
+from hypersd.ui.compare import VISITORS, Screen
 from hypersd.ui.sweep import cells
 
 Answer = list[dict[str, Any]]
@@ -20,7 +20,7 @@ Answer = list[dict[str, Any]]
 def add(screen: Screen) -> None:
     """Publish /compare and /sweep inside an open Blocks. They wait in the same queue as the people at the screen."""
     for endpoint in (comparing(screen), sweeping(screen)):
-        gr.api(endpoint, api_name=endpoint.__name__, concurrency_id="draw", concurrency_limit=1)
+        gr.api(endpoint, api_name=endpoint.__name__, concurrency_id="draw", concurrency_limit=VISITORS)
 
 
 def comparing(screen: Screen) -> Callable[..., AsyncGenerator[Answer, None]]:

@@ -66,6 +66,7 @@ hypersd.mount(element.querySelector('.hs-viewer'), () => props.value, watch,
   { sheet: () => trigger('sheet'), facts: () => trigger('facts'), retry: (steps) => trigger('retry', { steps }) });
 """
 PARCEL_JS = "watch('value', () => hypersd.save(props.value));"
+VISITORS = 4  # served at once: drawings take turns, and who waits for a download must not hold the others up
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
@@ -170,7 +171,7 @@ def _wire_run(screen: Screen, fields: Fields, outputs: list[Any]) -> None:
         api_visibility="private",
         show_progress="hidden",
         concurrency_id="draw",
-        concurrency_limit=1,
+        concurrency_limit=VISITORS,
         trigger_mode="once",
     )
     run.then(None, js="() => hypersd.settle('compare')", api_visibility="private")

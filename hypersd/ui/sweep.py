@@ -17,7 +17,7 @@ from hypersd.pictures import Sheet
 from hypersd.records import InputError
 from hypersd.ui import prompts
 from hypersd.ui.board import Board, State
-from hypersd.ui.compare import PARCEL_JS, QUIET, Screen, facts_of, first_of, parcel_of, say
+from hypersd.ui.compare import PARCEL_JS, QUIET, VISITORS, Screen, facts_of, first_of, parcel_of, say
 from hypersd.ui.history import History, remember
 
 GRID_HTML = "<div class='hs-viewer hs-sweep'></div>"
@@ -116,7 +116,7 @@ def _wire(screen: Screen, tabs: gr.Tabs, fields: Fields, history: History, outpu
         api_visibility="private",
         show_progress="hidden",
         concurrency_id="draw",
-        concurrency_limit=1,
+        concurrency_limit=VISITORS,
         trigger_mode="once",
     )
     run.then(None, js="() => hypersd.settle('sweep')", api_visibility="private")
