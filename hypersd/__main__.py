@@ -186,6 +186,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", default="1,2,4,8", help="step counts (default: %(default)s)")
     parser.add_argument("--teacher-steps", help="of the base model, the last one is compared with (default: 25,50)")
     parser.add_argument("--guidance", help="the teacher's, for students taught at another (default: the base model's)")
+    parser.add_argument("--rivals", help="arms to compare with each other, such as hyper@1:lcm@4,hyper@1:tcd@4")
     parser.add_argument("--seeds", help="drawings of each prompt (default: 4)")
     parser.add_argument("--limit", help="at most so many prompts a set, spread evenly (default: all)")
     parser.add_argument("--metrics", help="metrics, with commas (default: all)")
@@ -224,6 +225,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
             seeds=given.seeds or (2 if given.quick else 4),
             limit=given.limit or (plan.QUICK if given.quick else None),
             guidance=given.guidance,
+            rivals=given.rivals,
         )
         metrics = evaluate.chosen(given.metrics, quick=given.quick, published=given.backbone != "emoji")
         page = evaluate.run(wanted, given.backbone, out, metrics, artwork, given.engine)

@@ -285,9 +285,7 @@ def test_stop_during_a_download_draws_nothing(sd15: Server) -> None:
     assert not draw.has(CAT, "base")
 
 
-def test_a_fault_in_the_first_drawing_ends_no_download(
-    sd15: Server, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fault_in_the_first_drawing_ends_no_download(sd15: Server, caplog: pytest.LogCaptureFixture) -> None:
     def draw_badly(*_: object, **__: object) -> Panel:
         raise RuntimeError("no kernel image")
 

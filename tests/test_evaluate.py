@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -381,8 +382,21 @@ def test_students_are_held_to_the_teacher_at_the_guidance_that_taught_them(
         plan.claim(results, {**json.loads((results / plan.PLAN).read_text(encoding="utf-8")), "teacher_guidance": 2.5})
     with pytest.raises(InputError, match="guidance must be a number from 0 to 30, got 'much'"):
         small(guidance="much")
-    assert main(["evaluate", "--guidance", "2", "--publish"]) == main(["evaluate", "--guidance", "2", "--ladder"]) == 1
+    assert main(["evaluate", "--guidance", "2", "--publish"]) == main(["evaluate", "--guidance", "2", "--ladder"]) == 2
     assert capsys.readouterr().err.count("are of the teacher as it is drawn; leave --guidance out") == 2
+
+
+def test_rivals_are_arms_that_are_drawn() -> None:
+    made = small(rivals="second@1:base@2, base@1:base@3,")
+    assert made.rivals == ((Arm("second", 1), Arm("base", 2)), (Arm("base", 1), Arm("base", 3)))
+    for wrong, sentence in {
+        "second@1": "rivals are two arms such as hyper@1:lcm@4, got 'second@1'",
+        "second:base@1": "an arm is a method and a number of steps such as hyper@1, got 'second'",
+        "second@one:base@1": "steps of second must be a whole number",
+        "second@8:base@1": "second@8 is not drawn here; add it to --methods and --steps",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            small(rivals=wrong)
 
 
 def test_what_fails_on_the_ladder_is_dropped_with_its_figure(

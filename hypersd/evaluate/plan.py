@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def make(
     seeds: object = 4,
     limit: object = None,
     guidance: object = None,
+    rivals: object = None,
 ) -> Plan:
     """The plan of what a person typed; lists may be text with commas.
 
@@ -113,6 +114,7 @@ def make(
         methods: names of methods that can draw on it, all by default. The teacher is always drawn at `teacher_steps`.
         limit: at most so many prompts a set, spread evenly.
         guidance: of the teacher, for students that learned from it at another scale than it is drawn with.
+        rivals: pairs of arms to be compared with each other, such as "hyper@1:lcm@4,hyper@1:tcd@4".
 
     Raises:
         InputError: something is unknown or out of its range, with the nearest name that is known.
@@ -136,7 +138,30 @@ def make(
         impossible=tuple(impossible),
         methods=rows,
         guidance=None if guidance is None else real_number(guidance, "guidance", 0.0, 30.0),
+        rivals=tuple(_rivals(rivals, every)),
     )
+
+
+def arm(text: str) -> Arm:
+    """An arm as it is typed, such as "hyper@1". Raises InputError: it has no method or no step count."""
+    name, _, steps = text.rpartition("@")
+    if not name:
+        raise InputError(f"an arm is a method and a number of steps such as hyper@1, got {text[:40]!r}")
+    return Arm(name, whole_number(steps, f"steps of {name[:40]}", 1, STEPS_MAX))
+
+
+def _rivals(given: object, drawn: Container[Arm]) -> Iterator[tuple[Arm, Arm]]:
+    """Pairs as they are typed, of arms that are drawn."""
+    for pair in (part.strip() for part in str(given or "").split(",") if part.strip()):
+        one, between, other = pair.partition(":")
+        if not between:
+            raise InputError(f"rivals are two arms such as hyper@1:lcm@4, got {pair[:60]!r}")
+        for typed in (rivals := (arm(one.strip()), arm(other.strip()))):
+            if typed not in drawn:
+                raise InputError(
+                    f"{typed.method[:40]}@{typed.steps} is not drawn here; add it to --methods and --steps"
+                )
+        yield rivals
 
 
 def _arms(methods: Sequence[Method], steps: Sequence[int]) -> tuple[list[Arm], list[str]]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hypersd.backbone import load_best
-from hypersd.evaluate.plan import Arm, Plan
+from hypersd.evaluate.plan import Arm, Plan, arm
 from hypersd.generate import draw
 from hypersd.methods import find
 from hypersd.pictures import Sheet, check_png_path, save_sheet
-from hypersd.records import InputError, whole_number
+from hypersd.records import InputError
 
 WIDEST = 12  # columns
 
@@ -26,12 +26,7 @@ def arms(text: str) -> list[Arm]:
     Raises:
         InputError: one has no step count, or there are none or too many.
     """
-    found = []
-    for part in (piece.strip() for piece in text.split(",") if piece.strip()):
-        name, _, steps = part.rpartition("@")
-        if not name:
-            raise InputError(f"a column is a method and a number of steps such as hyper@1, got {part[:40]!r}")
-        found.append(Arm(name, whole_number(steps, f"steps of {name}", 1, 1000)))
+    found = [arm(part.strip()) for part in text.split(",") if part.strip()]
     if not 1 <= len(found) <= WIDEST:
         raise InputError(f"a sheet has 1 to {WIDEST} columns, got {len(found)}; give --arms with commas")
     return found
