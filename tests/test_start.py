@@ -192,7 +192,7 @@ def test_a_space_is_there_before_its_weights_and_draws_once_they_are(
         )
         held.set()
         said = told(address, "hs-failed")
-        assert f"{lora} could not be fetched" in said and "The next drawing tries again." in said
+        assert f"{lora} could not be fetched" in said and "The next drawing with Hyper-SD (TSCD) tries again." in said
 
         client = Client(address, verbose=False)
         panels = draws(client)
