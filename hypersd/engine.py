@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -124,6 +125,7 @@ class Engine:
         self.pace = Pace()
         self._load, self._draw, self._filter, self._bring = load, draw, filter, bring
         self._backbone: Any = None
+        self._hand = ThreadPoolExecutor(1, "drawing")
         self._turn = threading.Lock()  # held while drawing: visitors queue instead of sharing cores
         self._preparing = threading.Lock()  # held while loading and downloading; what is there can be drawn with
         self._download: Download | None = None
@@ -327,11 +329,16 @@ class Engine:
                 steps.append(info)
             watch.progress(Progress(info.index + 1, info.total))
 
-        panel = self._painter()(self._backbone, request, row, on_step=on_step)
-        trail = tuple(_decoded(steps, watch))
-        if self._filter:
-            self._filter.look([panel.pixels, *trail], panel.width, panel.height)
-        return Drawing(panel, trail, unread=self._backbone.truncated(request.prompt))
+        def work() -> Drawing:
+            panel = self._painter()(self._backbone, request, row, on_step=on_step)
+            trail = tuple(_decoded(steps, watch))
+            if self._filter:
+                self._filter.look([panel.pixels, *trail], panel.width, panel.height)
+            return Drawing(panel, trail, unread=self._backbone.truncated(request.prompt))
+
+        # Always the same thread: each that computes has OpenMP threads of its own, and where there are more of these
+        # than cores they sleep between two operations, which doubled the time of a picture on two cores.
+        return self._hand.submit(contextvars.copy_context().run, work).result()
 
     def _painter(self) -> Callable[..., Panel]:
         if self._draw is None:
