@@ -81,6 +81,24 @@ def test_warm_up_loads_and_draws() -> None:
     assert model.drawn == [("a cat", "base")]
 
 
+def test_whoever_asks_one_thread_draws() -> None:
+    """More threads that compute than cores make each wait for the others at every operation."""
+    model, threads = Model(), set[int]()
+
+    def paint(*given: Any, **more: Any) -> Any:
+        threads.add(threading.get_ident())
+        return model.draw(*given, **more)
+
+    draw = Engine(model.load, METHODS, paint)
+    visitors = [threading.Thread(target=draw, args=(replace(CAT, seed=seed), "base")) for seed in range(3)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(5)
+    draw(replace(CAT, seed=9), "base")
+    assert len(model.drawn) == 4 and len(threads) == 1 and threading.get_ident() not in threads
+
+
 def test_the_same_request_twice_is_the_same_pixels_drawn_once() -> None:
     model = Model()
     draw = engine(model)
