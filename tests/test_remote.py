@@ -305,6 +305,16 @@ def test_the_hubs_secret_is_for_the_hub(hub: Server) -> None:
     assert hub.asked["/cdn/0"] >= 1
 
 
+def test_and_goes_along_where_the_hub_says_that_a_repository_was_renamed(hub: Server) -> None:
+    was, now = (f"/datasets/{name}/resolve/{COMMIT}/a/part-0.parquet" for name in ("owner/name", "owner/new"))
+    hub.answers[now] = hub.answers[was]
+    hub.answers[was] = (307, {"Location": now}, b"")
+    list(open_index([f"{DATA}/a/part-0.parquet"], 2).read(0))
+    asked = {path for path, secret in hub.knocked if secret == "Bearer hf_secret"}
+    assert {was, now} <= asked and "/cdn/0" not in asked
+    assert hub.asked["/cdn/0"] >= 1
+
+
 @pytest.mark.parametrize(("at", "status", "code", "sentence"), [
     ("/api/datasets/owner/name/revision/main", 401, "RepoNotFound", "no such repository, or not for you: log in with"),
     ("/api/datasets/owner/name/revision/main", 404, "RevisionNotFound", "the hub does not have it"),

@@ -22,7 +22,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from hypersd import __version__
 from hypersd.data.download import LATER
@@ -237,7 +237,7 @@ def _once(name: str, url: str, secret: Mapping[str, str], span: str) -> tuple[by
     request = Request(url, headers={"Range": f"bytes={span}", "User-Agent": f"hypersd/{__version__}"})
     for header, value in secret.items():
         request.add_unredirected_header(header, value)
-    with urlopen(request, timeout=SECONDS) as answer:
+    with build_opener(_Renamed).open(request, timeout=SECONDS) as answer:
         tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         whole = (answer.length or 0) if span == f"-{END}" and answer.status == 200 else 0
         if 0 < whole <= END:  # its end is all of it
@@ -248,6 +248,17 @@ def _once(name: str, url: str, secret: Mapping[str, str], span: str) -> tuple[by
         if not whole:  # and of the whole file nothing is read
             raise SourceError(f"{name}: its server sends whole files and no parts; download it and give the file")
     return _once(name, url, secret, f"{whole - END}-{whole - 1}")  # some servers do not know spans without a beginning
+
+
+class _Renamed(HTTPRedirectHandler):
+    """Takes a secret along to another address of the same server, as the hub has for repositories that were renamed."""
+
+    def redirect_request(self, request: Request, *told: Any) -> Request | None:
+        made = super().redirect_request(request, *told)
+        secret = request.unredirected_hdrs.get("Authorization")
+        if made and secret and (made.type, made.host) == (request.type, request.host):
+            made.add_unredirected_header("Authorization", secret)
+        return made
 
 
 def _refusal(name: str, error: HTTPError) -> str:
