@@ -212,6 +212,24 @@ def test_the_anchor_is_the_consistency_of_the_parent_s_method(
     assert float(loss.detach()) > 0 and (float(loss.detach()) != float(moved.detach())) == along
 
 
+@pytest.mark.parametrize(("told", "guidance"), [({"guidance": [2.5, 2.5]}, (2.5, 2.5)), ({"points": 40}, (3.0, 3.0)),
+                                                ("nothing", (3.0, 3.0)), (None, (3.0, 3.0))])  # fmt: skip
+def test_the_anchor_s_teacher_is_guided_as_the_parent_s_was(
+    backbone: Backbone, parent: AdapterFile, told: Any, guidance: tuple[float, float]
+) -> None:
+    """Where the parent's card says how: one that was published elsewhere does not."""
+    recipe = {} if told is None else {"settings": told}
+    objective = made(backbone, parent._replace(card=replace(parent.card, recipe=recipe)))
+    assert objective.settings.guidance == guidance
+    assert objective.describe()["settings"]["guidance"] == guidance, "and so its child's card says it too"
+
+
+def test_a_guidance_that_cannot_be_is_refused(backbone: Backbone, parent: AdapterFile) -> None:
+    card = replace(parent.card, recipe={"settings": {"guidance": [2.5, "much"]}})
+    with pytest.raises(InputError, match="guidance must be a number from 1 to 30"):
+        made(backbone, parent._replace(card=card))
+
+
 def test_one_step_is_held_to_the_parent_where_it_begins(
     backbone: Backbone, tiny_adapters: Sequence[AdapterFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +418,41 @@ def test_a_second_turn_goes_on_where_the_first_ended(backbone: Backbone, parent:
     assert any(not torch.equal(old[1][name], new[1][name]) for name in old[1])
     with pytest.raises(InputError, match="with rank 2 and goes on with it, got rank 3; leave --rank out"):
         made(Backbone.load(backbone.folder), first, Asked(4, rank=3))
+
+
+@pytest.mark.parametrize("mode", refl.MODES)
+def test_feedback_resumes_bit_for_bit(mode: str, tiny_folder: Path, parent: AdapterFile, tmp_path: Path) -> None:
+    def begun(folder: str) -> Run:
+        objective = made(Backbone.load(tiny_folder), parent, Asked(4, mode, weight=5.0, rank=2))
+        return Run(objective, replace(RECIPE, updates=4, accumulate=2), tmp_path / folder)
+
+    unbroken, broken = begun("unbroken"), begun("broken")
+    before = [p.detach().clone() for p in unbroken.networks["student"].parameters()]
+    while unbroken.step < 4:
+        unbroken.update()
+    broken.log.append(broken.update())
+    broken.save()
+    again = begun("broken")
+    assert again.step == 1
+    while again.step < 4:
+        again.update()
+    ends = [list(run.networks["student"].parameters()) for run in (unbroken, again)]
+    assert all(map(torch.equal, *ends)) and not all(map(torch.equal, ends[0], before))
+    averages = [run.average["student"] for run in (unbroken, again)]
+    assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
+
+
+def test_each_of_several_rewards_asks_for_what_is_missing_to_its_own_threshold(
+    backbone: Backbone, parent: AdapterFile
+) -> None:
+    """Eq. 13: two pictures, of which one is warm enough, and neither cold enough."""
+    warm, cold = Warm(), Cold()
+    warm.threshold, cold.threshold = 0.5, 2.0
+    objective = made(backbone, parent, rewards=[warm, cold])
+    pixels = torch.zeros(2, 3, 8, 8)
+    pixels[0, 0], pixels[1, 0] = 1.0, 0.25
+    missing = objective._missing(pixels, ["a cat", "a dog"])
+    assert float(missing) == pytest.approx((0 + 0.25) + (3.0 + 2.25))
 
 
 def test_a_threshold_that_is_reached_asks_for_nothing(backbone: Backbone, parent: AdapterFile) -> None:

@@ -109,8 +109,8 @@ ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones
          tuple(f"refine tscd-{segments} --name tscd-feedback {_LIKED}" for segments in (8, 4, 2, 1))),
     Part("DMD", "dmd", ("distill dmd",)),
     Part("TSCD, then DMD", "tscd-dmd", ("distill dmd --begin tscd-1 --name tscd-dmd",)),
-    Part("TSCD + DMD", "hyper", ("distill hyper",)),
-    Part("TSCD + DMD + feedback", "hyper-feedback", (f"refine hyper --steps 4 --name hyper-feedback {_LIKED}",)),
+    Part("TSCD + DMD", "hyper-distilled", ("distill hyper --name hyper-distilled",)),
+    Part("TSCD + DMD + feedback", "hyper", (f"refine hyper-distilled --steps 4 --name hyper {_LIKED}",)),
 )  # fmt: skip
 
 

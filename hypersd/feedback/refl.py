@@ -8,9 +8,10 @@ more than its threshold, ReLU(alpha - r) (eq. 13). A reward that is not optimise
 run.
 
 A reward alone leads away from pictures (trainers' experience: colours too rich, then noise), so there is an anchor. It
-is the consistency loss that the parent's method was distilled with: LCM's to the clean picture, the others' along the
-trajectory. Adversary and score distillation are not gone on with: `hyper` is held by the consistency that it went on
-from. A `dmd`, which knows no timestep but the one it begins at, is held to its own pictures there.
+is the consistency loss that the parent's method was distilled with, at the teacher's guidance of then: LCM's to the
+clean picture, the others' along the trajectory. Adversary and score distillation are not gone on with: `hyper` is held
+by the consistency that it went on from. A `dmd`, which knows no timestep but the one it begins at, is held to its own
+pictures there.
 
 Two ways to get a picture that a gradient flows through: `reuse` decodes the clean latent that the anchor has just
 estimated, at no further network call; `rollout` draws as the student will be drawn with, from noise to a random
@@ -104,7 +105,8 @@ class Refinement(distill.Distillation):
         check_structure(asked, method, structure is not None and hasattr(data, structure.asks))
         super().__init__(
             backbone, data, replace(method, learners=("student",)), Stage(segments=parent.card.segments),
-            replace(settings, rank=asked.rank, prompts=tuple(prompts)), seed,
+            replace(settings, rank=asked.rank, prompts=tuple(prompts), guidance=taught_at(parent) or settings.guidance),
+            seed,
         )  # fmt: skip
         self.parent, self.rewards, self.asked, self.picker = parent, list(rewards), asked, picker
         self.structure = structure
@@ -253,6 +255,14 @@ def check_base(parent: AdapterFile, backbone: Backbone) -> None:
             f"python -m hypersd distill {parent.card.method} --begin {parent.path}"
         )
     raise InputError(f"{parent.path.name} calls itself {parent.card.name!r}, which is another method's; train it again")
+
+
+def taught_at(parent: AdapterFile) -> tuple[float, float] | None:
+    """The guidance of the teacher that the parent had, which the anchor goes on with; None if its card does not say."""
+    match parent.card.recipe.get("settings"):
+        case {"guidance": [low, high]}:
+            return low, high
+    return None
 
 
 def consistency(method: Method) -> Losses | None:
