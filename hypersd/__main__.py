@@ -309,7 +309,9 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", help="lcm, tcd, tscd, tscd-cfg, dmd or hyper: see `python -m hypersd methods`")
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument(
-        "--data", help="captioned pictures: a folder, parquet or tar files (default: the emoji artwork)"
+        "--data",
+        help="captioned pictures: a folder, parquet or tar files; for dmd prompts are enough, one a line in a "
+        ".txt (default: the emoji artwork)",
     )
     parser.add_argument("--runs", default="runs/distill", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--out", help="folder of the LoRA files (default: beside the backbone, where the app looks)")
@@ -320,11 +322,14 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
                          ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
         parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
+    parser.add_argument("--echo", type=int, default=1, help="updates on each step of the teacher: 2 spares a fifth of "
+                        "the calls of lcm, tcd and tscd (default: %(default)s)")  # fmt: skip
     parser.add_argument("--start", type=int, help="timestep of score distillation and of one step (default: the last)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
     parser.add_argument("--checkpointing", action="store_true", help="take less memory and more time: activations are "
                         "computed again instead of kept")  # fmt: skip
+    parser.add_argument("--tensorboard", action="store_true", help="losses and measures for TensorBoard too, in --runs")
     parser.add_argument("--dry-run", action="store_true", help="say what it will take, train nothing")
 
 
@@ -339,8 +344,8 @@ def distill_command(given: argparse.Namespace) -> None:
     settings, recipe, _ = distill.preset(given.backbone)
     changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
     recipe = replace(recipe, **changed)
-    settings = replace(settings, rank=settings.rank if given.rank is None else given.rank,
-                       guidance=_span(given.guidance, settings.guidance), start=given.start)  # fmt: skip
+    settings = replace(settings, rank=settings.rank if given.rank is None else given.rank, start=given.start,
+                       guidance=_span(given.guidance, settings.guidance), echo=given.echo)  # fmt: skip
     load = distill.loader(given.backbone)
     if given.dry_run:
         from hypersd.plan import dry_run
@@ -368,9 +373,33 @@ def distill_command(given: argparse.Namespace) -> None:
         begin=begin,
         minutes=given.minutes,
         checkpointing=given.checkpointing,
+        tensorboard=given.tensorboard,
     )
     for file in files:
         print(f"{file.path}: {file.card.segments} segment(s), {file.card.updates} updates, sha256 {file.sha256[:12]}")
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lora", help="a file's name in the LoRA folder, such as tscd-4, or the path of one")
+    parser.add_argument("--out", required=True, help="the .safetensors to write")
+    parser.add_argument("--backbone", default="emoji", help="whose LoRA folder (default: %(default)s)")
+    parser.add_argument(
+        "--kohya", action="store_true", help="kohya's names, for ComfyUI and A1111 (default: diffusers')"
+    )
+    parser.add_argument("--scale", default=1.0, help="times so much, -10 to 10 (default: %(default)s)")
+    parser.add_argument("--onto", help="another one, on top of which it is put; its card and row are kept")
+
+
+def convert_command(given: argparse.Namespace) -> None:
+    from hypersd.adapters import AdapterFile, beside, found, inspect, named
+    from hypersd.convert import convert
+
+    def file(name: str) -> AdapterFile:
+        return inspect(Path(name)) if name.endswith(".safetensors") else named(found(beside(given.backbone)[1]), name)
+
+    onto = file(given.onto) if given.onto else None
+    made = convert(file(given.lora), Path(given.out), scale=given.scale, onto=onto, kohya=given.kohya)
+    print(f"{made.path}: rank {made.card.rank}, {'kohya' if given.kohya else 'diffusers'}, sha256 {made.sha256[:12]}")
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -501,6 +530,7 @@ COMMANDS = {
         "pictures and captions from an index of LAION's or COYO's kind", gather_arguments, gather_command
     ),
     "distill": Command("train a few-step method on a base model", distill_arguments, distill_command),
+    "convert": Command("a LoRA file for other programs, or at another scale", convert_arguments, convert_command),
     "plan": Command("what a training would take on GPUs that need not be here", plan_arguments, plan_command),
     **{name: _feedback(name, help) for name, help in FEEDBACK.items()},
     "evaluate": Command("measure methods against the teacher, with intervals", evaluate_arguments, evaluate_command),

@@ -49,12 +49,15 @@ class Settings:
     """What is the same in every stage. `guidance` is the teacher's scale, drawn from the range for each latent.
 
     `start` is the timestep at which score distillation, and a drawing in one step, begins; None for the last one.
+    `echo` is how many updates each step of the teacher along its trajectory serves: its two calls are two fifths of a
+    consistency update (data echoing, arXiv:1907.05550, of batches that the teacher has been through).
     """
 
     rank: int
     guidance: tuple[float, float]
     points: int = 40
     start: int | None = None
+    echo: int = 1
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
     autocast: bool = False  # the network computes in bfloat16 whatever its weights are, where there are units for it
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
@@ -64,6 +67,7 @@ class Settings:
         low, high = (real_number(g, "guidance", 1.0, 30.0) for g in self.guidance)  # below 1 it would guide away
         if self.start is not None:
             object.__setattr__(self, "start", whole_number(self.start, "start", 1, 10**6))
+        whole_number(self.echo, "echo", 1, 6)
         if low > high:
             raise InputError(f"the guidance range runs from {low:g} down to {high:g}; type {high:g}-{low:g}")
 
@@ -87,6 +91,7 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
 JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
 EMPTY = 0.1  # share of empty captions where guidance is kept, as the base models were trained with
 ORIGIN = ("licence", "release")  # in a card's recipe: what holds of all that begins with the file, too
+ECHO_AFTER = 32  # batches between two updates on the same teacher's step: those in between move the student
 BEGINNINGS, MOST = 0.5, 8  # share of score distillation that starts from noise alone; steps whose places get the rest
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
@@ -136,6 +141,7 @@ class Distillation:
         self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
         self.start_sha256 = ""
         self.inherited: dict[str, str] = {}
+        self._echoes: dict[tuple[int, int], Tensor] = {}
 
     def start_from(self, file: adapters.AdapterFile, *, chosen: bool = False) -> None:
         """Begin with the LoRA of an earlier stage, or of anybody.
@@ -182,7 +188,12 @@ class Distillation:
     # ------------------------------------------------------------------------- what a method's loss may ask for
 
     def places(self, step: Step) -> Places:
-        """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent."""
+        """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent.
+
+        Where the jump ends is drawn anew for an echo: the teacher's step does not depend on it.
+        """
+        ending = step.uniform("end")
+        step = self._source = self._echoed(step)
         batch = self._batch = self.data.take(step.rows(len(self.data)), step)
         assert batch.latents is not None, "checked when the data was opened"
         x0, device = batch.latents.to(self.backbone.device), self.backbone.device
@@ -190,7 +201,7 @@ class Distillation:
         if self.stage.offset_noise:
             noise += self.stage.offset_noise * step.randn("offset", (x0.shape[1], 1, 1))
         noise = noise.to(device)
-        start, previous, end = self.segments.draw(step.uniform("start"), step.uniform("end"))
+        start, previous, end = self.segments.draw(step.uniform("start"), ending)
         top = self.segments.top(start)
         t, t_prev, t_end, t_top = (self.segments.timesteps[i].to(device) for i in (start, previous, end, top))
         self._guidance = self._draw_guidance(step).to(device)
@@ -206,9 +217,26 @@ class Distillation:
         low, high = self.settings.guidance
         return (low + (high - low) * step.uniform("guidance")).float().view(-1, 1, 1, 1)
 
+    def _echoed(self, step: Step) -> Step:
+        """The update that this one is an echo of, or itself: a function of its number, so that resume is exact.
+
+        With echo = 2 every other update takes the batch of 32 batches ago; the first ones, their own once more.
+        """
+        echo = self.settings.echo
+        number, turn = divmod(step.index, echo)
+        self._echoes = {k: x for k, x in self._echoes.items() if k[0] >= number - (echo - 1) * ECHO_AFTER}
+        return Step(number - turn * ECHO_AFTER if number >= turn * ECHO_AFTER else number, step.recipe, step.part)
+
     def teacher_step(self, at: Places) -> Tensor:
+        """As asked for, or remembered. What a run that was stopped no longer remembers is computed again."""
+        key = (self._source.index, self._source.part.start)
+        if key in self._echoes:
+            return self._echoes[key].to(at.x_t.device)
         x0, eps = self.guided(at.x_t, at.t, at.states)
-        return ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
+        x_prev = ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
+        if self.settings.echo > 1:
+            self._echoes[key] = x_prev.cpu()
+        return x_prev
 
     @torch.no_grad()
     def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,6 +375,20 @@ def preset(backbone: str) -> Preset:
     return PRESETS.get(backbone, PRESETS["sd15"])
 
 
+def presets() -> str:
+    """PRESETS as a table in Markdown, which the README shows."""
+    heads = ["backbone", "rank", "teacher's guidance", "updates a stage", "batch", "in parts of", "learning rate",
+             "rising, falling over", "weight decay", "average", "base in"]  # fmt: skip
+    rows = [heads, ["---"] * len(heads)]
+    for name, (settings, recipe, dtype) in PRESETS.items():
+        guidance = "-".join(f"{g:g}" for g in sorted(set(settings.guidance)))
+        part, falls = recipe.batch // recipe.accumulate, recipe.cooldown or "never"
+        told = (settings.rank, guidance, recipe.updates, recipe.batch, part, f"{recipe.lr:g}", f"{recipe.warmup}, {falls}",
+                f"{recipe.weight_decay:g}", recipe.ema, str(dtype).removeprefix("torch."))  # fmt: skip
+        rows.append([f"`{name}`", *map(str, told)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def loader(backbone: str) -> Callable[[], Backbone]:
     """A function that loads the base for training, on a GPU if there is one."""
     from diffusers.models.attention_processor import AttnProcessor
@@ -371,7 +413,10 @@ def own_settings(method: Method, settings: Settings) -> Settings:
 
 def chosen(method: Method, stage: Stage, settings: Settings) -> dict[str, Any]:
     """Of what decides a stage beside its recipe, all that is known before base and data are opened."""
-    return {"method": method.name, "stage": asdict(stage), "settings": asdict(own_settings(method, settings))}
+    told = asdict(own_settings(method, settings))
+    if told["echo"] == 1:
+        del told["echo"]  # so that what was begun before there were echoes goes on
+    return {"method": method.name, "stage": asdict(stage), "settings": told}
 
 
 def inherited(card: Adapter, *names: str) -> dict[str, str]:
@@ -395,6 +440,7 @@ def run(
     begin: adapters.AdapterFile | None = None,
     minutes: float | None = None,
     checkpointing: bool = False,
+    tensorboard: bool = False,
 ) -> list[adapters.AdapterFile]:
     """Train every stage of a method that has no file in `out` yet, each from the one before.
 
@@ -406,9 +452,11 @@ def run(
         begin: the LoRA that the first stage starts from; by default of the method that this one goes on from.
         minutes: stop after so long, of all stages together.
         checkpointing: keep no activations but compute them again; the run stays the same, and can be changed midway.
+        tensorboard: losses and measures also as TensorBoard reads them, in the runs' folders.
 
     Raises:
-        InputError: the data holds no pictures, or fewer than a batch; a folder cannot be written to; `name` is taken.
+        InputError: the data holds no pictures where they are needed, or fewer than a batch; a folder cannot be written
+            to; `name` is taken; TensorBoard is not installed.
         RecipeChanged: a stage was begun or finished with other settings.
     """
     name = check_name(name or method.name, method)
@@ -424,7 +472,7 @@ def run(
     for stage, label in zip(method.stages, labels, strict=True):
         gc.collect()  # the last stage's network hangs in a circle of references
         backbone = load()
-        data = check_data(open_data(backbone), recipe)
+        data = check_data(open_data(backbone), recipe, pictures=method.pictures)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
         if first := files[-1] if files else beginning:
             tqdm.write(f"{label}: begins with {first.path}")
@@ -432,7 +480,8 @@ def run(
         if checkpointing:
             objective.roles.checkpointing()
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
-        file = _finish(objective, stage_recipe(recipe, stage), runs / label, out / f"{label}.safetensors", name, left)
+        place = (runs / label, out / f"{label}.safetensors")
+        file = _finish(objective, stage_recipe(recipe, stage), *place, name, left, tensorboard=tensorboard)
         del backbone, data, objective
         if file is None:
             break
@@ -460,12 +509,19 @@ def _beginning(method: Method, out: Path) -> adapters.AdapterFile | None:
 
 
 def _finish(
-    objective: Distillation, recipe: Recipe, folder: Path, path: Path, name: str, minutes: float | None
+    objective: Distillation,
+    recipe: Recipe,
+    folder: Path,
+    path: Path,
+    name: str,
+    minutes: float | None,
+    *,
+    tensorboard: bool,
 ) -> adapters.AdapterFile | None:
     """The LoRA file of a stage: the one that is there, or what its training ends with; None if time was up."""
     if path.is_file() and (done := _finished(path, objective, recipe)):
         return done
-    training = Run(objective, recipe, folder)
+    training = Run(objective, recipe, folder, tensorboard=tensorboard)
     try:
         in_time = training.advance(minutes=minutes)
     except Diverged as problem:
@@ -521,11 +577,12 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"nothing can be written to {folder} ({problem.strerror}); choose another folder") from problem
 
 
-def check_data(data: Data, recipe: Recipe) -> Data:
+def check_data(data: Data, recipe: Recipe, *, pictures: bool = True) -> Data:
+    """The data again. Raises InputError: it is less than a batch, or there are no pictures and they are needed."""
     if len(data) < recipe.batch:
         raise InputError(f"the data holds {len(data)} samples, fewer than a batch of {recipe.batch}; choose --batch")
-    if data.take(torch.tensor([0])).latents is None:
-        raise InputError("the data holds prompts only; distillation needs pictures with captions")
+    if pictures and data.take(torch.tensor([0])).latents is None:
+        raise InputError("the data holds prompts only, which are enough for dmd; this needs pictures with captions")
     return data
 
 

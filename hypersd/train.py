@@ -169,7 +169,7 @@ class Objective(Protocol):
 class Run:
     """An objective, a recipe and a folder. `advance` does the rest, as often as it is called."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, objective: Objective, recipe: Recipe, folder: Path, *, tensorboard: bool = False) -> None:
         self.objective, self.recipe, self.folder = objective, recipe, folder
         self.processes = processes()
         self.parts = recipe.parts(self.processes.process_index, self.processes.num_processes)
@@ -187,6 +187,7 @@ class Run:
         self.log: list[dict[str, float]] = []
         self.measures: dict[str, float] = {}  # of the last sheet
         self._resume()
+        self._board = _board(folder, self.step) if tensorboard and self.processes.is_main_process else None
 
     # ------------------------------------------------------------------------------------------- one update
 
@@ -280,12 +281,15 @@ class Run:
             ) as bar,
         ):
             while self.step < goal:
-                entry = self.update()
-                self.log.append(entry)
+                try:
+                    self.log.append(self.update())
+                except Diverged:
+                    self._write_log()  # what led there, up to the last finite update
+                    raise
+                bar.set_postfix({k: f"{v:.3g}" for k, v in self._recent(50).items()}, refresh=False)
                 bar.update()
+                self._show(self.log[-1])
                 now = time.monotonic()
-                if self.step % 50 == 0:
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in self._recent(50).items()})
                 late = minutes is not None and now - started > 60 * minutes
                 enough, due = self._any(signals.came or late, now - drawn > 60 * sheet_every)
                 if due:
@@ -321,8 +325,15 @@ class Run:
         with (self.folder / "measures.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **measures}) + "\n")
         plot(self.log, self.folder / "loss.png")
+        self._show(measures)
         tqdm.write(f"{self.folder.name} {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
+
+    def _show(self, told: dict[str, float]) -> None:
+        """Losses, lengths and measures after so many updates, to whoever looks at TensorBoard."""
+        if self._board:
+            for name in told.keys() - {"step"}:
+                self._board.add_scalar(name, told[name], self.step)
 
     def averaged(self) -> _Averaged:
         """Context in which the networks hold their averages and are in eval mode."""
@@ -353,6 +364,9 @@ class Run:
             "torch": torch.__version__,
         }
         checkpoint.save(self.folder / "checkpoints", self.step, tensors, state)
+        self._write_log()
+
+    def _write_log(self) -> None:
         log = pandas.DataFrame(self.log)
         log.to_json(self.folder / "log.jsonl", orient="records", lines=True)
         log.to_csv(self.folder / "log.csv", index=False)
@@ -419,6 +433,19 @@ def _plain(tree: dict[str, Any]) -> dict[str, Any]:
     for key, value in json.loads(json.dumps(tree)).items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which no longer shows what came after `step` before the run was stopped.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("TensorBoard is not installed; type: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -167,6 +167,15 @@ def test_what_happens_in_each_fifth_update_counts_a_fifth(emoji: cost.Network) -
     assert made["teacher, guided"].latents == pytest.approx(2 * (8 + 1) / 5), "eight steps and a score, twice each"
 
 
+@pytest.mark.parametrize("method", ["lcm", "tcd", "tscd", "hyper"])
+def test_echoes_ask_the_teacher_less(method: str, emoji: cost.Network) -> None:
+    row = METHODS[method]
+    often, seldom = ({w.label: w.launches for w in cost.update(emoji, row, row.stages[-1], RANK, echo=echo).work}
+                     for echo in (1, 3))  # fmt: skip
+    scores = often["teacher, guided"] - 1  # of hyper: they are asked for as often as without
+    assert seldom == often | {"teacher, guided": pytest.approx(1 / 3 + scores)}
+
+
 def test_accumulation_and_checkpointing_cost_more_and_keep_less(emoji: cost.Network) -> None:
     row = METHODS["lcm"]
     made = cost.update(emoji, row, row.stages[-1], RANK)

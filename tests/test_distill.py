@@ -115,10 +115,38 @@ def test_a_fake_learns_in_every_update_and_the_student_in_each_fifth(backbone: B
     assert torch.equal(averages[0], averages[4]) and not torch.equal(averages[4], averages[5])
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_student_and_fake_resume_bit_for_bit(tiny_folder: Path, tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize("echo", [2, 3])
+def test_an_echo_takes_the_batch_and_the_teachers_step_of_some_batches_ago(
+    echo: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "ECHO_AFTER", 2)
+    plain, made = (objective(Backbone.load(tiny_folder), "tscd", Stage(segments=2), replace(SETTINGS, echo=e))
+                   for e in (1, echo))  # fmt: skip
+    ends = 0
+    for index in range(8 * echo):
+        number, turn = divmod(index, echo)
+        first = Step(number - 2 * turn if number >= 2 * turn else number, RECIPE)
+        theirs = plain.places(first)
+        ours = made.places(Step(index, RECIPE))
+        with plan.counted(made.network) as calls:
+            x_prev = made.teacher_step(ours)
+        assert calls.total() == (1 + 2 * B if turn == 0 else 0)
+        assert torch.equal(x_prev, plain.teacher_step(theirs))
+        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("x_t", "t", "t_prev", "states"))
+        ends += int((ours.t_end != theirs.t_end).sum())
+        assert len(made._echoes) <= 1 + 2 * (echo - 1), "no more is remembered than echoes are to come"
+    assert ends, "how far the student jumps is drawn anew"
+
+
+@pytest.mark.parametrize(("method", "echo", "stop"), [("hyper", 1, 1), ("hyper", 1, 3), ("hyper", 2, 3), ("tcd", 2, 3)])
+def test_resumes_bit_for_bit_with_two_optimizers_and_with_echoes_to_come(
+    method: str, echo: int, stop: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "ECHO_AFTER", 1)
+    settings = replace(SETTINGS, echo=echo)
+
     def begun(folder: str) -> Run:
-        return Run(objective(Backbone.load(tiny_folder), "hyper", Stage()), RECIPE, tmp_path / folder)
+        return Run(objective(Backbone.load(tiny_folder), method, Stage(), settings), RECIPE, tmp_path / folder)
 
     unbroken, broken = begun("unbroken"), begun("broken")
     while unbroken.step < RECIPE.updates:
@@ -640,6 +668,7 @@ def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path, monkeypa
         ("tcd --batch 0", "batch must be a whole number from 1"),
         ("tcd --updates -1", "updates must be a whole number from 1"),
         ("tcd --rank 0", "rank must be a whole number from 1"),
+        ("tcd --echo 0", "echo must be a whole number from 1 to 6"),
         ("tcd --lr nan", "the learning rate must be above 0, got nan"),
         ("tcd --guidance 8-3", "the guidance range runs from 8 down to 3; type 3-8"),
         ("tcd --guidance 0.5", "guidance must be a number from 1 to 30, got '0.5'"),
@@ -688,17 +717,45 @@ def test_prompts_alone_are_no_data_for_distillation(tiny_folder: Path, tmp_path:
     def prompts(backbone: Backbone) -> Latents:
         return replace(Latents.of(backbone), latents=None)
 
-    with pytest.raises(InputError, match="the data holds prompts only"):
+    with pytest.raises(InputError, match="the data holds prompts only, which are enough for dmd"):
         train(tiny_folder, tmp_path, open_data=prompts)
+    assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_dry_run_says_what_it_will_take(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("quick")
+def test_but_they_are_enough_to_match_distributions(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """DMD draws its own pictures: it learns the same whether there are others beside the captions or not."""
     monkeypatch.chdir(tmp_path)
-    assert command_line.main(["distill", "tscd", "--backbone", str(tiny_folder), "--batch", "8", "--dry-run"]) == 0
+    Path("prompts.txt").write_text(
+        "\n".join(f"a {x} {y}" for x in ("red", "big", "old") for y in ("cat", "dog", "bird"))
+    )
+    given = ["--backbone", str(tiny_folder), "--data", "prompts.txt", "--updates", "2", "--batch", "4",
+             "--accumulate", "1", "--rank", "2"]  # fmt: skip
+    assert command_line.main(["distill", "dmd", *given, "--out", "out", "--tensorboard"]) == 0
+    assert adapters.inspect(Path("out/dmd.safetensors")).card.updates == 2
+    assert list(Path("runs").rglob("events.out.tfevents.*"))
+    assert command_line.main(["distill", "tcd", *given, "--out", "out"]) == 2
+    made = [
+        train(tiny_folder, tmp_path / name, method="dmd", open_data=data)[0]
+        for name, data in (("with", Latents.of), ("without", lambda b: replace(Latents.of(b), latents=None)))
+    ]
+    first, second = (adapters.load(file.path) for file in made)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize(("echo", "calls"), [("1", "24 without, 48 samples"), ("2", "20 without, 40 samples")])
+def test_the_dry_run_says_what_it_will_take(
+    echo: str, calls: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    asked = ["--backbone", str(tiny_folder), "--batch", "8", "--echo", echo, "--dry-run"]
+    assert command_line.main(["distill", "tscd", *asked]) == 0
     said = capsys.readouterr().out
     for words in ("8 segment(s): MSE x 1, adversarial x 0", "1 segment(s): MSE x 0.1, adversarial x 1",
-                  "in memory once", "student ", "adversary ", "network call(s) with gradient", "in all"):  # fmt: skip
+                  "in memory once", "student ", "adversary ", "16 network call(s) with gradient, " + calls,
+                  "in all"):  # fmt: skip
         assert words in said
     assert list(tmp_path.iterdir()) == []

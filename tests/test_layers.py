@@ -31,7 +31,7 @@ ROWS = [
     "evaluate",
     "study",
     "feedback",
-    "engine",
+    "engine convert",
     "pool",
     "ui",
     "__main__",

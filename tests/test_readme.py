@@ -119,6 +119,14 @@ def test_figures_of_the_model_are_those_that_were_measured() -> None:
     assert measure.COMMAND in README
 
 
+def test_presets_are_those_that_are_trained_with() -> None:
+    from hypersd.distill import presets
+
+    shown = re.search(r"<!-- presets -->\n(.*?)<!-- /presets -->", README, flags=re.DOTALL)
+    assert shown, "the README shows the presets"
+    assert shown[1] == presets()
+
+
 def test_figures_of_the_methods_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/report.json").read_text(encoding="utf-8"))
     shown = re.search(r"<!-- evaluation -->\n(.*?)<!-- /evaluation -->", README, flags=re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hypersd import checkpoint
+from hypersd import checkpoint, train
+from hypersd.records import InputError
 from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step
 
 RECIPE = Recipe(updates=60, batch=8, lr=1e-2, warmup=5, cooldown=20, ema=0.9)
@@ -164,6 +166,62 @@ def test_infinite_loss_stops_and_names_the_update(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"update 20: line loss inf.* begin anew with a learning rate below 0\.01"):
         run.advance(save_every=0.0)
     assert Run(Line(), RECIPE, tmp_path).step == 20
+
+
+def test_the_log_shows_what_led_to_an_infinite_loss(tmp_path: Path) -> None:
+    """Also what came after the last checkpoint, which the same run would go on from."""
+    with pytest.raises(Diverged):
+        Run(Line(spoil=20), RECIPE, tmp_path).advance()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(20))
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 21
+
+
+def test_the_bar_shows_loss_gradient_and_what_is_left_from_the_first_update_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, str]] = []
+
+    class Bar(train.tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            done = super().update(n)
+            shown.append((int(self.n), str(self)))
+            return done
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    run = Run(Line(), RECIPE, tmp_path)
+    run.advance(until=3)
+    assert [number for number, _ in shown] == [1, 2, 3]
+    losses = [entry["line"] for entry in run.log]
+    assert f"line={losses[0]:.3g}, line/norm={run.log[0]['line/norm']:.3g}" in shown[0][1]
+    assert f"line={sum(losses) / 3:.3g}" in shown[2][1] and "/60 [" in shown[0][1]
+
+
+def test_tensorboard_shows_the_log_and_forgets_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    broken = Run(Line(), RECIPE, tmp_path, tensorboard=True)
+    broken.advance(until=4)
+    broken.log.append(broken.update())
+    broken._show(broken.log[-1])
+    run = Run(Line(), RECIPE, tmp_path, tensorboard=True)
+    run.advance(until=9)
+    assert run._board is not None
+    run._board.close()
+    shown = event_accumulator.EventAccumulator(str(tmp_path))
+    shown.Reload()
+    for name in ("line", "line/norm"):
+        assert [(e.step, e.value) for e in shown.Scalars(name)] == [
+            (entry["step"] + 1, pytest.approx(entry[name], rel=1e-6)) for entry in run.log
+        ]
+    assert [event.step for event in shown.Scalars("error")] == [4, 9]
+
+
+def test_without_tensorboard_nothing_is_lost_but_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="TensorBoard is not installed; type: pip install tensorboard"):
+        Run(Line(), RECIPE, tmp_path, tensorboard=True)
+    assert Run(Line(), RECIPE, tmp_path).advance(until=1) is True
 
 
 def test_another_recipe_is_refused_by_name_but_a_longer_one_is_welcome(tmp_path: Path) -> None:

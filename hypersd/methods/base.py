@@ -144,10 +144,11 @@ class Method:
     pictures is the base's divided by `smaller`. All methods but the base model are `adapted`: drawn with an adapter.
     `losses` and `stages` say how that is trained here, stage after stage, None and () for one that is only read from
     its makers; `begins_with` names the method whose last adapter the first stage starts from, `learners` the roles that
-    are trained. With `keeps_guidance` the teacher is not guided and some captions are empty. `adapters` are what came
-    of it and was found, one a stage; with `exact` each draws no other number of steps than its own. Those that are to
-    be downloaded first, in their order `lacking`, are among them with a hash of "". `otherwise` ends the sentence that
-    a wrong step count gets, for example "for one step choose hyper".
+    are trained. With `keeps_guidance` the teacher is not guided and some captions are empty; without `pictures`
+    captions are enough to learn from. `adapters` are what came of it and was found, one a stage; with `exact` each
+    draws no other number of steps than its own. Those that are to be downloaded first, in their order `lacking`, are
+    among them with a hash of "". `otherwise` ends the sentence that a wrong step count gets, for example "for one step
+    choose hyper".
     """
 
     name: str
@@ -172,6 +173,7 @@ class Method:
     begins_with: str = ""
     learners: tuple[str, ...] = ("student",)
     keeps_guidance: bool = False
+    pictures: bool = True
     adapters: tuple[AdapterFile, ...] = ()
     lacking: tuple[Release, ...] = ()
 

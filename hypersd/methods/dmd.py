@@ -68,4 +68,5 @@ METHOD = Method(
     losses=losses,
     stages=(Stage(),),
     learners=("student", "fake"),
+    pictures=False,
 )
