@@ -383,8 +383,9 @@ def presets() -> str:
     for name, (settings, recipe, dtype) in PRESETS.items():
         guidance = "-".join(f"{g:g}" for g in sorted(set(settings.guidance)))
         part, falls = recipe.batch // recipe.accumulate, recipe.cooldown or "never"
-        told = (settings.rank, guidance, recipe.updates, recipe.batch, part, f"{recipe.lr:g}", f"{recipe.warmup}, {falls}",
-                f"{recipe.weight_decay:g}", recipe.ema, str(dtype).removeprefix("torch."))  # fmt: skip
+        told = (settings.rank, guidance, recipe.updates, recipe.batch, part, f"{recipe.lr:g}",
+                f"{recipe.warmup}, {falls}", f"{recipe.weight_decay:g}", recipe.ema,
+                str(dtype).removeprefix("torch."))  # fmt: skip
         rows.append([f"`{name}`", *map(str, told)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
