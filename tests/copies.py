@@ -1,6 +1,6 @@
-"""One update of DMD, by roles of one network or by three copies of it, as a program whose memory can be looked at.
+"""One update, by roles of one network or by three copies of it, as a program whose memory can be looked at.
 
-python tests/copies.py one|three
+python tests/copies.py one|three dmd|lcm
 
 Prints a JSON line: bytes of the network, the process's peak from before the objective was made, the update's losses.
 """
@@ -29,17 +29,21 @@ RECIPE = Recipe(updates=1, batch=2, lr=1e-4, warmup=1, weight_decay=0.0, ema=0.9
 
 
 class Copies(Distillation):
-    """As DMD is usually written: student, real and fake are networks of their own."""
+    """As it is usually written: student, teacher and a third one are networks of their own.
+
+    The third is DMD's fake, which learns, or LCM's target, which begins as the student.
+    """
 
     def __init__(self, backbone: Backbone, *given: Any) -> None:
-        self.real, self.fake = copy.deepcopy(backbone.unet), copy.deepcopy(backbone.unet)
+        self.real, self.third = copy.deepcopy(backbone.unet), copy.deepcopy(backbone.unet)
         super().__init__(backbone, *given)
         self.student = self.network
-        self.fakes = Roles(self.fake)
-        self.fakes.add("fake", rank=self.settings.rank).load_adapter(self.roles["fake"].adapter())
+        self.name = self.method.learners[-1] if len(self.method.learners) > 1 else "ema"
+        self.others = Roles(self.third)
+        self.others.add(self.name, rank=self.settings.rank).load_adapter(self.roles[self.name].adapter())
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"student": self.roles["student"], "fake": self.fakes["fake"]}
+        return {name: self.others[name] if name == self.name else self.roles[name] for name in self.method.learners}
 
     def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         return self._by(self.real, lambda: super(Copies, self).guided(x_t, t, states))
@@ -47,10 +51,10 @@ class Copies(Distillation):
     def estimate(
         self, role: str, x_t: Tensor, t: Tensor, states: Tensor, *, learn: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        if role != "fake":
+        if role != self.name:
             return super().estimate(role, x_t, t, states, learn=learn)
-        with self.fakes.wear("fake"), torch.set_grad_enabled(bool(learn)):
-            return self._by(self.fake, lambda: self.schedule.split(self._call(x_t, t, states), x_t, t))
+        with self.others.wear(role), torch.set_grad_enabled(bool(learn)):
+            return self._by(self.third, lambda: self.schedule.split(self._call(x_t, t, states), x_t, t))
 
     def _by(self, network: Any, work: Any) -> tuple[Tensor, Tensor]:
         self.network = network
@@ -78,8 +82,8 @@ if __name__ == "__main__":
     forget()
     before = peak()
     kind = Copies if sys.argv[1] == "three" else Distillation
-    objective = kind(backbone, data, METHODS["dmd"], Stage(), SETTINGS)
+    objective = kind(backbone, data, METHODS[sys.argv[2]], Stage(), SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
         entry = Run(objective, RECIPE, Path(folder)).update()
-    losses = {name: entry[name] for name in ("student", "fake")}
+    losses = {name: entry[name] for name in objective.method.learners}
     print(json.dumps({"network": size, "more": peak() - before, "losses": losses}))  # noqa: T201

@@ -239,10 +239,11 @@ def test_a_lora_of_another_base_is_begun_with_only_by_choice(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["dmd", "lcm"])
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read as Linux has them")
-def test_three_roles_of_one_network_do_what_three_copies_do_in_two_networks_less_memory() -> None:
+def test_three_roles_of_one_network_do_what_three_copies_do_in_two_networks_less_memory(method: str) -> None:
     def told(form: str) -> dict[str, Any]:
-        program = [sys.executable, str(ROOT / "tests/copies.py"), form]
+        program = [sys.executable, str(ROOT / "tests/copies.py"), form, method]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))

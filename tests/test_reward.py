@@ -88,6 +88,16 @@ def test_pictures_get_a_gradient(learned: tuple[Card, Path]) -> None:
     assert not any(p.grad is not None for p in kept.model.parameters())
 
 
+def test_the_gradient_is_the_slope(learned: tuple[Card, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both terms, in double precision throughout."""
+    judge = Trained(learned[1])
+    states = scorer.text_states(judge.model.scorer, ["a cat"]).clone().double()
+    model = judge.model.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.autograd.gradcheck(lambda x: model(x, states), (x.requires_grad_(),), fast_mode=True)
+
+
 @pytest.mark.parametrize("kind", ["reward", "scorer"])
 def test_a_tensor_is_scored_as_its_png_is(learned: tuple[Card, Path], kind: str, tmp_path: Path) -> None:
     """Drawn pictures come as tensors, voted ones as files: both must mean the same."""
