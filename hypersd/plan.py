@@ -205,7 +205,7 @@ def on_paper(name: str, method: Method, settings: Settings, recipe: Recipe, mach
         yield f"shared among the GPUs (fsdp.yaml), the base takes {spared / 1e9:.2f} GB less of each one's memory"
     for update in dict.fromkeys(updates):  # stages that cost the same are told of once
         alike = [str(s.segments) for s, u in zip(method.stages, updates, strict=True) if u == update]
-        yield from _calls(f"{', '.join(alike)} segment(s)", update, recipe.batch, pieces)
+        yield from _calls(f"{', '.join(alike)} segment(s)", update, recipe.batch, pieces, network.learning.forward)
     flops = [update.flops(recipe.batch, pieces) for update in updates]
     pace = recipe.batch * machines.flops / flops[-1]
     yield f"in the last stage {pace:,.1f} latents/s, {pace / recipe.batch:.3g} updates/s"
@@ -229,14 +229,15 @@ def _activations(updates: list[cost.Update], micro: int, fixed: int, gpu: Gpu) -
     yield f"checkpointing (--checkpointing) costs {100 * again:.0f} % more FLOPs"
 
 
-def _calls(stage: str, update: cost.Update, batch: int, pieces: int) -> Iterator[str]:
+def _calls(stage: str, update: cost.Update, batch: int, pieces: int, forward: float) -> Iterator[str]:
     yield f"{stage}, network calls of an average update and TFLOP a latent of the batch:"
     for work in update.work:
         yield (
             f"  {work.label:<22}{work.launches:5.1f} call(s){work.latents:6.1f} latent(s)"
             f"{work.launches * work.forward / 1e12:10.3f} forward{work.launches * work.backward / 1e12:10.3f} backward"
         )
-    yield f"  in all {update.flops(batch, pieces) / 1e12:,.1f} TFLOP an update"
+    flops = update.flops(batch, pieces)
+    yield f"  in all {flops / 1e12:,.1f} TFLOP an update, {flops / batch / forward:.2f} forward passes for a latent"
 
 
 def _papers(updates: list[cost.Update], micro: int, machines: Machines) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """A small distillation on the tiny model, in pieces for tests, and as a program to kill or to run twice at once.
 
-python tests/stages.py MODEL FOLDER [--accumulate 2] [--die-at N]
+python tests/stages.py MODEL FOLDER [--accumulate 2] [--die-at N] [--all]
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import argparse
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hypersd import distill
+from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.distill import Distillation, Settings
 from hypersd.methods import METHODS, Stage
@@ -83,14 +85,27 @@ def objective(
     return made
 
 
+def all_stages(model: Path, folder: Path, accumulate: int) -> list[AdapterFile]:
+    """TSCD in two stages of two updates, the second with an adversary, each to a file in `folder`/out."""
+    row, recipe = METHODS["tscd"], Recipe(**{**vars(RECIPE), "accumulate": accumulate, "updates": 2})
+    row = replace(row, stages=(Stage(segments=2), Stage(mse=0.5, adversarial=0.5)))
+    given = (lambda: Backbone.load(model), Latents.of, SETTINGS, recipe, folder / "runs", folder / "out")
+    return distill.run(row, *given)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--accumulate", type=int, default=RECIPE.accumulate)
     parser.add_argument("--die-at", type=int, default=0)
+    parser.add_argument("--all", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.all:
+        distill.SHEET_STEPS = (1,)  # type: ignore[assignment]
+        distill.TEACHER_STEPS = 2
+        sys.exit(len(all_stages(given.model, given.folder, given.accumulate)) != 2)
     made = objective(Backbone.load(given.model), die_at=given.die_at)
     made.sheet = lambda folder, step: {}  # type: ignore[method-assign]  # drawn by nobody, and slower than the training
     recipe = Recipe(**{**vars(RECIPE), "accumulate": given.accumulate})

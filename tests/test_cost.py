@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hypersd import __main__ as command_line
 from hypersd import adversary, cost, plan, roles
 from hypersd.backbone import Backbone
-from hypersd.distill import Distillation, Settings
+from hypersd.distill import Distillation, Settings, preset
 from hypersd.methods import METHODS
 from hypersd.records import InputError
 from hypersd.train import Recipe, Run, Step
@@ -165,6 +165,17 @@ def test_what_happens_in_each_fifth_update_counts_a_fifth(emoji: cost.Network) -
     made = {work.label: work for work in cost.update(emoji, row, row.stages[-1], RANK).work}
     assert made["student, learning"].launches == pytest.approx(0.2) and made["fake, learning"].launches == 1
     assert made["teacher, guided"].latents == pytest.approx(2 * (8 + 1) / 5), "eight steps and a score, twice each"
+
+
+@pytest.mark.parametrize("echo", [1, 2])
+def test_an_update_of_tscd_is_little_more_than_its_five_passes(echo: int, emoji: cost.Network) -> None:
+    """Two of the teacher, one of the target, two of the student; with echoes the teacher's are shared."""
+    settings, recipe, _ = preset("emoji")
+    row = METHODS["tscd"]
+    update = cost.update(emoji, row, row.stages[0], settings.rank, echo=echo)
+    passes = update.flops(recipe.batch, recipe.accumulate) / recipe.batch / emoji.learning.forward
+    ideal = 3 + 2 / echo
+    assert ideal < passes <= 1.1 * ideal
 
 
 @pytest.mark.parametrize("method", ["lcm", "tcd", "tscd", "hyper"])

@@ -528,19 +528,34 @@ def unbroken(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_two_processes_give_the_weights_of_one(tiny_folder: Path, tmp_path: Path, unbroken: Path) -> None:
-    """gloo, each with half the batch, against one process that accumulates two halves: not a bit differs."""
+def launch_two(model: Path, folder: Path, *options: str) -> list[int]:
+    """The same program in two processes that know of each other, as `accelerate launch` starts them; how they ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    both = [
-        launch(tiny_folder, tmp_path, "--accumulate", "1", RANK=str(i), LOCAL_RANK=str(i), **common) for i in (0, 1)
-    ]
-    assert [process.wait(300) for process in both] == [0, 0]
+    both = [launch(model, folder, *options, RANK=str(i), LOCAL_RANK=str(i), **common) for i in (0, 1)]
+    return [process.wait(300) for process in both]
+
+
+def test_two_processes_give_the_weights_of_one(tiny_folder: Path, tmp_path: Path, unbroken: Path) -> None:
+    """gloo, each with half the batch, against one process that accumulates two halves: not a bit differs."""
+    assert launch_two(tiny_folder, tmp_path, "--accumulate", "1") == [0, 0]
     assert final_bytes(tmp_path) == final_bytes(unbroken)
     mine, theirs = (json.loads((f / "log.jsonl").read_text().splitlines()[-1]) for f in (tmp_path, unbroken))
     assert mine == pytest.approx(theirs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_processes_go_from_stage_to_stage_as_one_does(tiny_folder: Path, tmp_path: Path) -> None:
+    """The first of them writes a stage's file, and both begin the next one with it."""
+    alone = stages.all_stages(tiny_folder, tmp_path / "alone", 2)
+    assert launch_two(tiny_folder, tmp_path / "both", "--all", "--accumulate", "1") == [0, 0]
+    for file in alone:
+        mine, theirs = adapters.load(file.path), adapters.load(tmp_path / "both/out" / file.path.name)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    first, second = (adapters.inspect(tmp_path / "both/out" / file.path.name) for file in alone)
+    assert second.card.recipe["start"] == first.sha256 and second.card.updates == 2
 
 
 def test_kill_9_in_the_middle_of_an_update_in_a_later_epoch_twice(
