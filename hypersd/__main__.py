@@ -236,7 +236,10 @@ def evaluate_command(given: argparse.Namespace) -> None:
         elif given.publish:
             from hypersd.bench import publish
 
-            publish(out, given.backbone, "report.json", "quality.png")
+            if given.ablation:
+                publish(out, given.backbone, "report.json", prefix="ablation-")
+            else:
+                publish(out, given.backbone, "report.json", "quality.png")
 
 
 def _parts(backbone: str) -> list[str]:

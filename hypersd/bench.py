@@ -353,12 +353,12 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"{label:<48} {peak:8.3f} GB" for label, peak in peaks.items() if peak)])
 
 
-def publish(folder: Path, backbone: str, *names: str) -> None:
+def publish(folder: Path, backbone: str, *names: str, prefix: str = "") -> None:
     """Copy files of a results folder to where README and app show them."""
     place = folders.measured(backbone)
     place.mkdir(parents=True, exist_ok=True)
     for name in names:
-        shutil.copyfile(folder / name, place / name)
+        shutil.copyfile(folder / name, place / f"{prefix}{name}")
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:

@@ -119,6 +119,16 @@ def test_figures_of_the_model_are_those_that_were_measured() -> None:
     assert measure.COMMAND in README
 
 
+def test_figures_of_the_ablation_are_those_that_were_published() -> None:
+    content = json.loads((ROOT / "assets/measured/ablation-report.json").read_text(encoding="utf-8"))
+    shown = re.search(r"<!-- ablation -->\n(.*?)<!-- /ablation -->", README, flags=re.DOTALL)
+    assert shown is not None and shown[1].strip() == report.ablation(content)
+    assert content["plan"]["prompts"] == 24 and content["plan"]["seeds"] == 2, "as the README says"
+    known = {file.card.name: file.sha256 for file in found(ROOT / "assets/emoji-lora")}
+    drawn = {arm: sha for arm, sha in content["adapters"].items() if arm.rpartition("-")[0] in ("tcd", "hyper")}
+    assert drawn and all(known[arm.rpartition("-")[0]] == sha for arm, sha in drawn.items())
+
+
 def test_presets_are_those_that_are_trained_with() -> None:
     from hypersd.distill import presets
 

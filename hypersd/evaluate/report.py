@@ -215,26 +215,31 @@ def _teacher(plan: Mapping[str, Any]) -> str:
 
 
 def _ablation(content: Mapping[str, Any]) -> list[str]:
-    """What each part of the method adds: a table a primary metric, parts in lines, step counts in columns."""
-    drawn = {(row["method"], row["steps"]): row for row in content["results"] if row["set"] == ALL}
-    there = paper.at_hand({method for method, _ in drawn})
+    """What each part of the method adds, and how what is not here is made."""
+    there = paper.at_hand({row["method"] for row in content["results"]})
     if len(there) < 2:
         return []
-    counts = sorted({steps for method, steps in drawn if method in there})
-    parts = ["## Part by part"]
+    absent = []
+    for part in paper.ABLATION:
+        if part.method not in there:
+            how = ", ".join(f"`python -m hypersd {command}`" for command in part.how)
+            absent.append(f"- {part.label} is not drawn here; it is made with {how}")
+    return ["## Part by part", ablation(content)] + ["\n".join(absent)] * bool(absent)
+
+
+def ablation(content: Mapping[str, Any]) -> str:
+    """A table a primary metric, parts of the method in lines, step counts in columns."""
+    drawn = {(row["method"], row["steps"]): row for row in content["results"] if row["set"] == ALL}
+    counts = sorted({steps for method, steps in drawn if paper.at_hand({method})})
     heads = [f"{n} step{'s' * (n != 1)}" for n in counts]
+    parts = []
     for name, about in ((name, about) for name, about in content["metrics"].items() if about["primary"]):
         lines = [_line([_head(about), *heads]), _line(["---"] * (1 + len(heads)))]
         for part in paper.ABLATION:
             figures = [drawn.get((part.method, n), {"figures": {}})["figures"].get(name) for n in counts]
             lines.append(_line([part.label, *(_cell(about, figure, True) for figure in figures)]))
         parts.append("\n".join(lines))
-    absent = []
-    for part in paper.ABLATION:
-        if part.method not in there:
-            how = ", ".join(f"`python -m hypersd {command}`" for command in part.how)
-            absent.append(f"- {part.label} is not drawn here; it is made with {how}")
-    return parts + ["\n".join(absent)] * bool(absent)
+    return "\n\n".join(parts)
 
 
 def beside(content: Mapping[str, Any], arm: Arm, against: Arm) -> Iterator[str]:
