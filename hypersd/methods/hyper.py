@@ -6,8 +6,9 @@ many steps go on working; score distillation, which makes one step good, is adde
 Silent in the paper and chosen here: both losses together instead of one after the other, and equal weights. Scores are
 compared not only of what is drawn from pure noise: half of the latents start at the timesteps where drawings of 2, 4
 and 8 steps stop by (as DMD2, arXiv:2405.14867, section 4.4), so that each of their jumps is one that was made sharp.
-Drawn with eta = 1, as the paper's own unified LoRA, every stop is then a place like those. The feedback losses are
-trained by themselves.
+Drawn with eta = 1, as the paper's own unified LoRA, every stop is then a place like those. The regression on paired
+samples of the teacher is left to `dmd`: here consistency, whose targets the teacher gives, is what holds the student.
+The feedback losses are trained by themselves.
 """
 
 from __future__ import annotations
