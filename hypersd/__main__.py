@@ -325,8 +325,6 @@ def distill_arguments(parser: argparse.ArgumentParser) -> None:
     for option, what in (("updates", "of each stage"), ("batch", "latents an update"), ("rank", "of the LoRA"),
                          ("accumulate", "micro-batches an update"), ("seed", "of all randomness")):  # fmt: skip
         parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
-    parser.add_argument("--echo", type=int, default=1, help="updates on each step of the teacher: 2 spares a fifth of "
-                        "the calls of lcm, tcd and tscd (default: %(default)s)")  # fmt: skip
     parser.add_argument("--start", type=int, help="timestep of score distillation and of one step (default: the last)")
     parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on from there")
@@ -348,7 +346,7 @@ def distill_command(given: argparse.Namespace) -> None:
     changed = {k: v for k in ("updates", "batch", "accumulate", "seed", "lr") if (v := getattr(given, k)) is not None}
     recipe = replace(recipe, **changed)
     settings = replace(settings, rank=settings.rank if given.rank is None else given.rank, start=given.start,
-                       guidance=_span(given.guidance, settings.guidance), echo=given.echo)  # fmt: skip
+                       guidance=_span(given.guidance, settings.guidance))  # fmt: skip
     load = distill.loader(given.backbone)
     if given.dry_run:
         from hypersd.plan import dry_run

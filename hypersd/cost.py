@@ -331,7 +331,6 @@ class Counting:
 
     stage: Stage
     guided_twice: bool
-    echo: int = 1
     calls: Counter[str] = field(default_factory=Counter)
     alive: list[Counter[str]] = field(default_factory=lambda: [Counter()])
 
@@ -341,13 +340,12 @@ class Counting:
         return Places(number, t, t, t, t, number)
 
     def places(self, step: Step) -> Places:
-        self._asks_teacher = step.index % self.echo == 0
         return self._at()
 
     beginnings = visits = places
 
     def teacher_step(self, at: Places) -> Tensor:
-        return self.guided(at.x_t, at.t, at.states)[0] if self._asks_teacher else at.x_t
+        return self.guided(at.x_t, at.t, at.states)[0]
 
     def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         self.calls["teacher, guided" if self.guided_twice else "teacher"] += 1
@@ -428,17 +426,15 @@ def update(
     rank: int,
     *,
     guided: bool = True,
-    echo: int = 1,
     merged: bool | None = None,
     indices: range = PERIOD,
 ) -> Update:
     """What an update of a method's stage costs on a network, on average over those of the `indices`.
 
-    `guided`: the teacher is called twice a latent. `echo`: each of its steps serves so many updates. `merged` as in
-    `roles.Roles`.
+    `guided`: the teacher is called twice a latent. `merged` as in `roles.Roles`.
     """
     assert method.losses is not None, "find() gives methods that are trained"
-    counts = Counting(stage, guided and not method.keeps_guidance, echo)
+    counts = Counting(stage, guided and not method.keeps_guidance)
     for index in indices:
         step = Step(index, Recipe(updates=1, batch=1, lr=1.0))
         for _ in method.losses(counts, step):

@@ -49,15 +49,12 @@ class Settings:
     """What is the same in every stage. `guidance` is the teacher's scale, drawn from the range for each latent.
 
     `start` is the timestep at which score distillation, and a drawing in one step, begins; None for the last one.
-    `echo` is how many updates each step of the teacher along its trajectory serves: its two calls are two fifths of a
-    consistency update (data echoing, arXiv:1907.05550, of batches that the teacher has been through).
     """
 
     rank: int
     guidance: tuple[float, float]
     points: int = 40
     start: int | None = None
-    echo: int = 1
     pure_noise: bool = True  # the noisiest training latent is noise alone, as it is when drawing
     autocast: bool = False  # the network computes in bfloat16 whatever its weights are, where there are units for it
     prompts: tuple[str, ...] = ("a happy cat", "a red sports car", "a cosy house in the snow", "a bunch of flowers")
@@ -67,7 +64,6 @@ class Settings:
         low, high = (real_number(g, "guidance", 1.0, 30.0) for g in self.guidance)  # below 1 it would guide away
         if self.start is not None:
             object.__setattr__(self, "start", whole_number(self.start, "start", 1, 10**6))
-        whole_number(self.echo, "echo", 1, 6)
         if low > high:
             raise InputError(f"the guidance range runs from {low:g} down to {high:g}; type {high:g}-{low:g}")
 
@@ -91,7 +87,6 @@ PRESETS = {  # by backbone: for a folder of your own, those of sd15
 JUDGED = (0.02, 0.98)  # of all timesteps: where scores are compared (DMD, section 4)
 EMPTY = 0.1  # share of empty captions where guidance is kept, as the base models were trained with
 ORIGIN = ("licence", "release")  # in a card's recipe: what holds of all that begins with the file, too
-ECHO_AFTER = 32  # batches between two updates on the same teacher's step: those in between move the student
 BEGINNINGS, MOST = 0.5, 8  # share of score distillation that starts from noise alone; steps whose places get the rest
 ADVERSARIAL_BETAS = (0.0, 0.99)  # of AdamW where there is an adversary (SDXL-Lightning, section 3.6)
 
@@ -141,7 +136,6 @@ class Distillation:
         self.adversary = adversary.Adversary(self.network).to(backbone.device) if stage.adversarial else None
         self.start_sha256 = ""
         self.inherited: dict[str, str] = {}
-        self._echoes: dict[tuple[int, int], Tensor] = {}
 
     def start_from(self, file: adapters.AdapterFile, *, chosen: bool = False) -> None:
         """Begin with the LoRA of an earlier stage, or of anybody.
@@ -188,12 +182,7 @@ class Distillation:
     # ------------------------------------------------------------------------- what a method's loss may ask for
 
     def places(self, step: Step) -> Places:
-        """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent.
-
-        Where the jump ends is drawn anew for an echo: the teacher's step does not depend on it.
-        """
-        ending = step.uniform("end")
-        step = self._source = self._echoed(step)
+        """Captioned latents noised to solver points; the noise of the noisiest is not mixed with any latent."""
         batch = self._batch = self.data.take(step.rows(len(self.data)), step)
         assert batch.latents is not None, "checked when the data was opened"
         x0, device = batch.latents.to(self.backbone.device), self.backbone.device
@@ -201,7 +190,7 @@ class Distillation:
         if self.stage.offset_noise:
             noise += self.stage.offset_noise * step.randn("offset", (x0.shape[1], 1, 1))
         noise = noise.to(device)
-        start, previous, end = self.segments.draw(step.uniform("start"), ending)
+        start, previous, end = self.segments.draw(step.uniform("start"), step.uniform("end"))
         top = self.segments.top(start)
         t, t_prev, t_end, t_top = (self.segments.timesteps[i].to(device) for i in (start, previous, end, top))
         self._guidance = self._draw_guidance(step).to(device)
@@ -217,26 +206,9 @@ class Distillation:
         low, high = self.settings.guidance
         return (low + (high - low) * step.uniform("guidance")).float().view(-1, 1, 1, 1)
 
-    def _echoed(self, step: Step) -> Step:
-        """The update that this one is an echo of, or itself: a function of its number, so that resume is exact.
-
-        With echo = 2 every other update takes the batch of 32 batches ago; the first ones, their own once more.
-        """
-        echo = self.settings.echo
-        number, turn = divmod(step.index, echo)
-        self._echoes = {k: x for k, x in self._echoes.items() if k[0] >= number - (echo - 1) * ECHO_AFTER}
-        return Step(number - turn * ECHO_AFTER if number >= turn * ECHO_AFTER else number, step.recipe, step.part)
-
     def teacher_step(self, at: Places) -> Tensor:
-        """As asked for, or remembered. What a run that was stopped no longer remembers is computed again."""
-        key = (self._source.index, self._source.part.start)
-        if key in self._echoes:
-            return self._echoes[key].to(at.x_t.device)
         x0, eps = self.guided(at.x_t, at.t, at.states)
-        x_prev = ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
-        if self.settings.echo > 1:
-            self._echoes[key] = x_prev.cpu()
-        return x_prev
+        return ddim_step(x0, eps, self.level(at.t), self.level(at.t_prev))
 
     @torch.no_grad()
     def guided(self, x_t: Tensor, t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,10 +386,7 @@ def own_settings(method: Method, settings: Settings) -> Settings:
 
 def chosen(method: Method, stage: Stage, settings: Settings) -> dict[str, Any]:
     """Of what decides a stage beside its recipe, all that is known before base and data are opened."""
-    told = asdict(own_settings(method, settings))
-    if told["echo"] == 1:
-        del told["echo"]  # so that what was begun before there were echoes goes on
-    return {"method": method.name, "stage": asdict(stage), "settings": told}
+    return {"method": method.name, "stage": asdict(stage), "settings": asdict(own_settings(method, settings))}
 
 
 def inherited(card: Adapter, *names: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
     python -m hypersd plan --backbone sdxl --gpus 8
     python -m hypersd distill tscd --backbone emoji --dry-run
 
-The first is found on paper (cost.py), the second by doing a few updates on made-up latents.
+The first is found on paper (cost.py), the second by doing two updates on made-up latents.
 """
 
 from __future__ import annotations
@@ -106,21 +106,18 @@ def dry_run(
         objective.roles.checkpointing()
     parts = {name: sum(p.numel() for p in m.parameters()) for name, m in objective.modules().items()}
     yield from _parts(base, backbone.unet.dtype, parts)
-    some = settings.echo  # updates, of which one asks the teacher
     with tempfile.TemporaryDirectory() as folder:
         run = Run(objective, stage_recipe(recipe, stage), Path(folder))
         run.update()
         started = time.monotonic()
         with counted(objective.network) as calls:
-            for _ in range(some):
-                run.update()
-        seconds = (time.monotonic() - started) / some
+            run.update()
+        seconds = time.monotonic() - started
     network = cost.read(str(backbone.folder), backbone.dtype)
-    flops = _update(network, method, stage, settings, range(1, 1 + some)).flops(recipe.batch, recipe.accumulate)
+    flops = _update(network, method, stage, settings, range(1, 2)).flops(recipe.batch, recipe.accumulate)
     yield (
-        f"an update: {calls['with gradient'] / some:g} network call(s) with gradient, "
-        f"{calls['without gradient'] / some:g} without, {calls['samples'] / some:,g} samples in all; "
-        f"{seconds:.2f} s, {flops / seconds / 1e12:.3g} TFLOP/s"
+        f"an update: {calls['with gradient']} network call(s) with gradient, {calls['without gradient']} without, "
+        f"{calls['samples']:,} samples in all; {seconds:.2f} s, {flops / seconds / 1e12:.3g} TFLOP/s"
     )
     if backbone.device.type == "cuda":
         yield f"peak of the GPU's memory so far: {torch.cuda.max_memory_allocated(backbone.device) / 1e9:.1f} GB"
@@ -135,7 +132,7 @@ def _update(
     network: cost.Network, method: Method, stage: Stage, settings: Settings, indices: range = cost.PERIOD
 ) -> cost.Update:
     guided = settings.guidance != (1.0, 1.0)
-    return cost.update(network, method, stage, settings.rank, guided=guided, echo=settings.echo, indices=indices)
+    return cost.update(network, method, stage, settings.rank, guided=guided, indices=indices)
 
 
 def _parts(base: int, dtype: torch.dtype, learners: dict[str, int]) -> Iterator[str]:

@@ -30,11 +30,7 @@ from hypersd.roles import LAYERS
 from hypersd.solvers import ddim_step, lcm_step
 from hypersd.train import Recipe, Run, has_bfloat16, mixed
 
-OURS = {  # what is timed, by its label: a method, and for how many updates each step of the teacher serves
-    "lcm": ("lcm", 1), "tcd": ("tcd", 1), "tscd": ("tscd", 1), "lcm, echo 2": ("lcm", 2), "tcd, echo 2": ("tcd", 2),
-    "tscd, echo 2": ("tscd", 2),
-}  # fmt: skip
-TURN = 2  # updates at a time: one that asks the teacher, and one that is an echo
+OURS = ("lcm", "tcd", "tscd")
 
 
 class Usual:
@@ -109,7 +105,7 @@ class Usual:
 
 
 def run(name: str, rounds: object = 9, batch: int | None = None) -> dict[str, Any]:
-    """How many of our updates of each method go into a usual one, cached and online; bytes and calls of both.
+    """Seconds of an update of each of our methods over the usual one's, cached and online; bytes and calls of both.
 
     Raises:
         InputError: rounds is no whole number from 3 to 1,000.
@@ -122,8 +118,8 @@ def run(name: str, rounds: object = 9, batch: int | None = None) -> dict[str, An
         counts = {label: _calls(part, work[label]) for label, part in parts.items()}
         taken = bench.in_turn(work, rounds)
     rows = [
-        bench.Row(f"{label}-{usual}", f"the usual update, {usual} / {label}", [usual], [label], "more")
-        for label in OURS
+        bench.Row(f"{method}-{usual}", f"the usual update, {usual} / {method}'s", [usual], [method], "more")
+        for method in OURS
         for usual in ("cached", "online")
     ]
     return {
@@ -148,17 +144,17 @@ def _work(
     for label in ("cached", "online"):
         usual = Usual(backbone, data, settings, recipe, online=label == "online")
         work[label], parts[label] = _update(usual), [usual.teacher, usual.student]
-    for label, (method, echo) in OURS.items():
+    for method in OURS:
         row = find(method)
         # The last stage: with an adversary, where the method has one.
-        objective = Distillation(load(), data, row, row.stages[-1], replace(settings, echo=echo))
-        training = Run(objective, recipe, folder / label)
-        work[label], parts[label] = _update(training), [objective.network]
+        objective = Distillation(load(), data, row, row.stages[-1], settings)
+        training = Run(objective, recipe, folder / method)
+        work[method], parts[method] = _update(training), [objective.network]
     return work, parts
 
 
 def _update(side: Usual | Run) -> Callable[[int], Any]:
-    return lambda _number: [side.update() for _ in range(TURN)]
+    return lambda _number: side.update()
 
 
 def _calls(networks: list[nn.Module], update: Callable[[int], Any]) -> dict[str, float]:
@@ -169,7 +165,7 @@ def _calls(networks: list[nn.Module], update: Callable[[int], Any]) -> dict[str,
     sums = sum(counts, Counter[str]())
     weights = {p.data_ptr(): p.numel() * p.element_size() for n in networks for p in n.parameters()}
     kinds = ("with gradient", "without gradient", "samples")
-    return {**{kind: sums[kind] / TURN for kind in kinds}, "parameter_mb": sum(weights.values()) / 1e6}
+    return {**{kind: sums[kind] for kind in kinds}, "parameter_mb": sum(weights.values()) / 1e6}
 
 
 def table(content: dict[str, Any]) -> str:
@@ -177,8 +173,8 @@ def table(content: dict[str, Any]) -> str:
     lines = [f"{row['title']:<40} {row['value']:6.2f}  [{row['low']:.2f}, {row['high']:.2f}]"
              for row in content["ratios"].values()]  # fmt: skip
     lines += [
-        f"{label:<12} {c['with gradient']:g} call(s) with gradient, {c['without gradient']:g} without, "
-        f"{c['samples']:g} samples, {c['parameter_mb']:.0f} MB of parameters"
+        f"{label:<10} {c['with gradient']:.0f} call(s) with gradient, {c['without gradient']:.0f} without, "
+        f"{c['samples']:.0f} samples, {c['parameter_mb']:.0f} MB of parameters"
         for label, c in content["updates"].items()
     ]
     return "\n".join(lines)

@@ -167,24 +167,12 @@ def test_what_happens_in_each_fifth_update_counts_a_fifth(emoji: cost.Network) -
     assert made["teacher, guided"].latents == pytest.approx(2 * (8 + 1) / 5), "eight steps and a score, twice each"
 
 
-@pytest.mark.parametrize("echo", [1, 2])
-def test_an_update_of_tscd_is_little_more_than_its_five_passes(echo: int, emoji: cost.Network) -> None:
-    """Two of the teacher, one of the target, two of the student; with echoes the teacher's are shared."""
+def test_an_update_of_tscd_is_little_more_than_its_five_passes(emoji: cost.Network) -> None:
+    """Two of the teacher, one of the target, two of the student."""
     settings, recipe, _ = preset("emoji")
     row = METHODS["tscd"]
-    update = cost.update(emoji, row, row.stages[0], settings.rank, echo=echo)
-    passes = update.flops(recipe.batch, recipe.accumulate) / recipe.batch / emoji.learning.forward
-    ideal = 3 + 2 / echo
-    assert ideal < passes <= 1.1 * ideal
-
-
-@pytest.mark.parametrize("method", ["lcm", "tcd", "tscd", "hyper"])
-def test_echoes_ask_the_teacher_less(method: str, emoji: cost.Network) -> None:
-    row = METHODS[method]
-    often, seldom = ({w.label: w.launches for w in cost.update(emoji, row, row.stages[-1], RANK, echo=echo).work}
-                     for echo in (1, 3))  # fmt: skip
-    scores = often["teacher, guided"] - 1  # of hyper: they are asked for as often as without
-    assert seldom == often | {"teacher, guided": pytest.approx(1 / 3 + scores)}
+    flops = cost.update(emoji, row, row.stages[0], settings.rank).flops(recipe.batch, recipe.accumulate)
+    assert 5 < flops / recipe.batch / emoji.learning.forward <= 5.5
 
 
 def test_accumulation_and_checkpointing_cost_more_and_keep_less(emoji: cost.Network) -> None:

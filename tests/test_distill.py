@@ -115,38 +115,10 @@ def test_a_fake_learns_in_every_update_and_the_student_in_each_fifth(backbone: B
     assert torch.equal(averages[0], averages[4]) and not torch.equal(averages[4], averages[5])
 
 
-@pytest.mark.parametrize("echo", [2, 3])
-def test_an_echo_takes_the_batch_and_the_teachers_step_of_some_batches_ago(
-    echo: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distill, "ECHO_AFTER", 2)
-    plain, made = (objective(Backbone.load(tiny_folder), "tscd", Stage(segments=2), replace(SETTINGS, echo=e))
-                   for e in (1, echo))  # fmt: skip
-    ends = 0
-    for index in range(8 * echo):
-        number, turn = divmod(index, echo)
-        first = Step(number - 2 * turn if number >= 2 * turn else number, RECIPE)
-        theirs = plain.places(first)
-        ours = made.places(Step(index, RECIPE))
-        with plan.counted(made.network) as calls:
-            x_prev = made.teacher_step(ours)
-        assert calls.total() == (1 + 2 * B if turn == 0 else 0)
-        assert torch.equal(x_prev, plain.teacher_step(theirs))
-        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("x_t", "t", "t_prev", "states"))
-        ends += int((ours.t_end != theirs.t_end).sum())
-        assert len(made._echoes) <= 1 + 2 * (echo - 1), "no more is remembered than echoes are to come"
-    assert ends, "how far the student jumps is drawn anew"
-
-
-@pytest.mark.parametrize(("method", "echo", "stop"), [("hyper", 1, 1), ("hyper", 1, 3), ("hyper", 2, 3), ("tcd", 2, 3)])
-def test_resumes_bit_for_bit_with_two_optimizers_and_with_echoes_to_come(
-    method: str, echo: int, stop: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distill, "ECHO_AFTER", 1)
-    settings = replace(SETTINGS, echo=echo)
-
+@pytest.mark.parametrize("stop", [1, 3])
+def test_student_and_fake_resume_bit_for_bit(tiny_folder: Path, tmp_path: Path, stop: int) -> None:
     def begun(folder: str) -> Run:
-        return Run(objective(Backbone.load(tiny_folder), method, Stage(), settings), RECIPE, tmp_path / folder)
+        return Run(objective(Backbone.load(tiny_folder), "hyper", Stage()), RECIPE, tmp_path / folder)
 
     unbroken, broken = begun("unbroken"), begun("broken")
     while unbroken.step < RECIPE.updates:
@@ -684,7 +656,6 @@ def test_out_of_time_is_gone_on_with(tiny_folder: Path, tmp_path: Path, monkeypa
         ("tcd --batch 0", "batch must be a whole number from 1"),
         ("tcd --updates -1", "updates must be a whole number from 1"),
         ("tcd --rank 0", "rank must be a whole number from 1"),
-        ("tcd --echo 0", "echo must be a whole number from 1 to 6"),
         ("tcd --lr nan", "the learning rate must be above 0, got nan"),
         ("tcd --guidance 8-3", "the guidance range runs from 8 down to 3; type 3-8"),
         ("tcd --guidance 0.5", "guidance must be a number from 1 to 30, got '0.5'"),
@@ -761,17 +732,14 @@ def test_but_they_are_enough_to_match_distributions(
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize(("echo", "calls"), [("1", "24 without, 48 samples"), ("2", "20 without, 40 samples")])
 def test_the_dry_run_says_what_it_will_take(
-    echo: str, calls: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["--backbone", str(tiny_folder), "--batch", "8", "--echo", echo, "--dry-run"]
-    assert command_line.main(["distill", "tscd", *asked]) == 0
+    assert command_line.main(["distill", "tscd", "--backbone", str(tiny_folder), "--batch", "8", "--dry-run"]) == 0
     said = capsys.readouterr().out
     for words in ("8 segment(s): MSE x 1, adversarial x 0", "1 segment(s): MSE x 0.1, adversarial x 1",
-                  "in memory once", "student ", "adversary ", "16 network call(s) with gradient, " + calls,
-                  "in all"):  # fmt: skip
+                  "in memory once", "student ", "adversary ", "in all",
+                  "16 network call(s) with gradient, 24 without, 48 samples"):  # fmt: skip
         assert words in said
     assert list(tmp_path.iterdir()) == []
