@@ -247,7 +247,12 @@ def _parts(backbone: str) -> list[str]:
     from hypersd.evaluate import paper
     from hypersd.methods import installed
 
-    there = paper.at_hand(installed(backbone))
+    rows = installed(backbone)
+    there = paper.at_hand(rows)
+    if paper.REFINED in there and not any("asked" in file.card.recipe for file in rows[paper.REFINED].adapters):
+        there.remove(paper.REFINED)
+        told = f"convert {paper.REFINED} --name {paper.REFINED}-distilled --out FILE, in the LoRA folder"
+        print(f"{paper.REFINED} has learned from no feedback and is left out; to have it: {told}", file=sys.stderr)
     if len(there) < 2:
         wanted = ", ".join(part.method for part in paper.ABLATION)
         raise InputError(f"an ablation needs two of {wanted}, found {there or 'none'}; see python -m hypersd distill")
@@ -389,17 +394,22 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", default=1.0, help="times so much, -10 to 10 (default: %(default)s)")
     parser.add_argument("--onto", help="another one, on top of which it is put; its card and row are kept")
+    parser.add_argument("--name", help="of its row in the app, where it lies in the LoRA folder (default: as it was)")
 
 
 def convert_command(given: argparse.Namespace) -> None:
     from hypersd.adapters import AdapterFile, beside, found, inspect, named
     from hypersd.convert import convert
+    from hypersd.distill import check_name
+    from hypersd.methods import find
 
     def file(name: str) -> AdapterFile:
         return inspect(Path(name)) if name.endswith(".safetensors") else named(found(beside(given.backbone)[1]), name)
 
     onto = file(given.onto) if given.onto else None
-    made = convert(file(given.lora), Path(given.out), scale=given.scale, onto=onto, kohya=given.kohya)
+    lora, out = file(given.lora), Path(given.out)
+    name = given.name and check_name(given.name, find((onto or lora).card.method))
+    made = convert(lora, out, scale=given.scale, onto=onto, kohya=given.kohya, name=name)
     print(f"{made.path}: rank {made.card.rank}, {'kohya' if given.kohya else 'diffusers'}, sha256 {made.sha256[:12]}")
 
 

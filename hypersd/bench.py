@@ -354,7 +354,7 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def publish(folder: Path, backbone: str, *names: str, prefix: str = "") -> None:
-    """Copy files of a results folder to where README and app show them."""
+    """Copy files of a results folder to where README and app show them, with `prefix` before their names."""
     place = folders.measured(backbone)
     place.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -38,7 +38,7 @@ from hypersd.records import Adapter, InputError, Request, real_number, whole_num
 from hypersd.roles import Roles
 from hypersd.schedule import Level, Segments
 from hypersd.solvers import ddim_step
-from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step, differences, mixed, processes
+from hypersd.train import Diverged, Recipe, RecipeChanged, Run, Step, check_tensorboard, differences, mixed, processes
 
 SHEET_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50  # of the pictures that students are measured against
@@ -62,6 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         whole_number(self.rank, "rank", 1, 1024)
         low, high = (real_number(g, "guidance", 1.0, 30.0) for g in self.guidance)  # below 1 it would guide away
+        object.__setattr__(self, "guidance", (low, high))
         if self.start is not None:
             object.__setattr__(self, "start", whole_number(self.start, "start", 1, 10**6))
         if low > high:
@@ -432,6 +433,8 @@ def run(
     name = check_name(name or method.name, method)
     for folder in (runs, out):
         check_folder(folder)
+    if tensorboard:
+        check_tensorboard()
     labels = [f"{name}-{stage.segments}" if len(method.stages) > 1 else name for stage in method.stages]
     for stage, label in zip(method.stages, labels, strict=True):
         _check_recipe(out / f"{label}.safetensors", {**asdict(stage_recipe(recipe, stage)),
@@ -442,7 +445,7 @@ def run(
     for stage, label in zip(method.stages, labels, strict=True):
         gc.collect()  # the last stage's network hangs in a circle of references
         backbone = load()
-        data = check_data(open_data(backbone), recipe, pictures=method.pictures)
+        data = check_data(open_data(backbone), recipe, method)
         objective = Distillation(backbone, data, method, stage, settings, recipe.seed)
         if first := files[-1] if files else beginning:
             tqdm.write(f"{label}: begins with {first.path}")
@@ -547,12 +550,16 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"nothing can be written to {folder} ({problem.strerror}); choose another folder") from problem
 
 
-def check_data(data: Data, recipe: Recipe, *, pictures: bool = True) -> Data:
-    """The data again. Raises InputError: it is less than a batch, or there are no pictures and they are needed."""
+def check_data(data: Data, recipe: Recipe, method: Method) -> Data:
+    """The data again. Raises InputError: it is less than a batch, or prompts alone, and the method needs pictures."""
     if len(data) < recipe.batch:
         raise InputError(f"the data holds {len(data)} samples, fewer than a batch of {recipe.batch}; choose --batch")
-    if pictures and data.take(torch.tensor([0])).latents is None:
-        raise InputError("the data holds prompts only, which are enough for dmd; this needs pictures with captions")
+    if method.pictures and data.take(torch.tensor([0])).latents is None:
+        others = ", ".join(name for name, row in METHODS.items() if row.losses and not row.pictures)
+        raise InputError(
+            f"the data holds prompts only, and {method.name} learns from pictures with captions; prompts are enough "
+            f"for {others}"
+        )
     return data
 
 

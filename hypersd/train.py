@@ -326,6 +326,8 @@ class Run:
             file.write(json.dumps({"step": self.step, **measures}) + "\n")
         plot(self.log, self.folder / "loss.png")
         self._show(measures)
+        if self._board:
+            self._board.flush()
         tqdm.write(f"{self.folder.name} {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in measures.items()))
         return measures
 
@@ -367,6 +369,10 @@ class Run:
         self._write_log()
 
     def _write_log(self) -> None:
+        if not self.processes.is_main_process:
+            return
+        if self._board:
+            self._board.flush()
         log = pandas.DataFrame(self.log)
         log.to_json(self.folder / "log.jsonl", orient="records", lines=True)
         log.to_csv(self.folder / "log.csv", index=False)
@@ -435,16 +441,19 @@ def _plain(tree: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, which no longer shows what came after `step` before the run was stopped.
-
-    Raises:
-        InputError: TensorBoard is not installed.
-    """
+def check_tensorboard() -> None:
+    """Raises InputError: it is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise InputError("TensorBoard is not installed; type: pip install tensorboard") from None
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which no longer shows what came after `step` before the run was stopped."""
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

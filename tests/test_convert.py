@@ -15,6 +15,7 @@ from hypersd import adapters
 from hypersd.__main__ import main
 from hypersd.adapters import AdapterFile
 from hypersd.convert import convert
+from hypersd.feedback.refl import added, learned_rank
 from hypersd.records import InputError
 
 Files = Callable[..., AdapterFile]
@@ -43,6 +44,11 @@ def test_other_programs_names_hold_the_same(files: Files, tmp_path: Path) -> Non
     made = convert(file, tmp_path / "comfy.safetensors", kohya=True)
     with safe_open(made.path, "pt") as content:
         assert all(name.startswith("lora_unet_") for name in list(content.keys()))
+    quiet = files("hyper-1", 0.125)
+    loud = convert(quiet, tmp_path / "loud.safetensors", kohya=True)
+    assert loud.card.scale == 1.0, "which is not read by them"
+    for layer, weight in weights(loud).items():
+        torch.testing.assert_close(weight, weights(quiet)[layer], rtol=2e-3, atol=1e-5)
     before, after = adapters.load(file.path), adapters.load(made.path)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert (made.card.name, made.card.segments) == ("tscd", 4)
@@ -64,6 +70,39 @@ def test_one_on_top_of_another_adds_so_much_of_it(
     assert made.card.recipe["converted"] == {"lora": file.sha256, "scale": scale, "onto": onto.sha256}
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_feedback_goes_to_where_that_of_an_earlier_turn_was(scale: float, files: Files, tmp_path: Path) -> None:
+    """What a second turn leaves holds the first one's too: on top of the parent that has that already, it is not
+    counted twice."""
+    distilled, first, both = (adapters.load(files(name).path) for name in ("tscd-4", "tcd-1", "hyper-1"))
+    card = files("tscd-4").card
+    rank = card.rank
+
+    def refined(name: str, lora: dict[str, Tensor], ranks: int) -> AdapterFile:
+        told = replace(card, rank=ranks, recipe={**card.recipe, "asked": {"rank": rank}})
+        return adapters.save(tmp_path / name, lora, told)
+
+    parent = refined("parent.safetensors", added(distilled, first), 2 * rank)
+    feedback = refined("feedback.safetensors", both, rank)
+    made = convert(feedback, tmp_path / "made.safetensors", scale=scale, onto=parent, name="tscd-less")
+    plain, taught = weights(files("tscd-4")), weights(feedback)
+    for layer, weight in weights(made).items():
+        torch.testing.assert_close(weight, plain[layer] + scale * taught[layer], rtol=2e-3, atol=1e-5)
+    assert made.card.rank == 2 * rank and learned_rank(made.card) == rank and made.card.name == "tscd-less"
+
+
+def test_licences_are_kept(files: Files, tmp_path: Path) -> None:
+    onto, file = files("tscd-4"), files("hyper-1")
+
+    def under(file: AdapterFile, licence: str) -> AdapterFile:
+        return file._replace(card=replace(file.card, recipe={**file.card.recipe, "licence": licence}))
+
+    made = convert(under(file, "not for commerce"), tmp_path / "made.safetensors", onto=onto)
+    assert made.card.recipe["licence"] == "not for commerce"
+    with pytest.raises(InputError, match=r"under different licences: .*not for commerce.*another"):
+        convert(under(file, "not for commerce"), tmp_path / "a.safetensors", onto=under(onto, "another"))
+
+
 def test_what_cannot_be_converted_is_said(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, other, out = files("tscd-4"), files("hyper-1"), tmp_path / "out.safetensors"
     stranger = other._replace(card=replace(other.card, base_sha256="0" * 64))
@@ -71,8 +110,12 @@ def test_what_cannot_be_converted_is_said(files: Files, tmp_path: Path, capsys: 
         convert(file, out, scale="much")
     with pytest.raises(InputError, match="were trained on different bases; they do not add up"):
         convert(file, out, onto=stranger)
-    with pytest.raises(InputError, match="is what is read; choose another name"):
+    with pytest.raises(InputError, match="is there already; choose another name, or remove it"):
         convert(file, other.path, onto=other)
+    with pytest.raises(InputError, match=r"is no name for a LoRA file; choose one that ends in \.safetensors"):
+        convert(file, tmp_path / "out")
+    with pytest.raises(InputError, match="is drawn at a scale of 0"):
+        convert(file, out, onto=other._replace(card=replace(other.card, scale=0.0)))
     assert not out.exists()
     assert main(["convert", "tscd-5", "--out", str(out)]) == 2
     assert "there is no LoRA 'tscd-5'; choose from hyper, lcm" in capsys.readouterr().err
@@ -84,5 +127,8 @@ def test_the_command_takes_names_and_paths(files: Files, tmp_path: Path, capsys:
     assert main(["convert", str(feedback.path), *given]) == 0
     rank = onto.card.rank + feedback.card.rank
     assert f"half.safetensors: rank {rank}, kohya, sha256" in capsys.readouterr().out
-    assert main(["convert", "tscd-4", "--out", str(tmp_path / "embedded.safetensors")]) == 0
+    named = ["--name", "tscd-again", "--out", str(tmp_path / "embedded.safetensors")]
+    assert main(["convert", "tscd-4", *named]) == 0
+    assert adapters.inspect(tmp_path / "embedded.safetensors").card.name == "tscd-again"
+    assert main(["convert", "tscd-4", "--name", "lcm", "--out", str(tmp_path / "lcm.safetensors")]) == 2
     assert "embedded.safetensors: rank 16, diffusers" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from judged import Thumbnails, make_artwork
 from test_shared import launcher
 
 from hypersd import evaluate, quality
-from hypersd.__main__ import COMMANDS, main
+from hypersd.__main__ import COMMANDS, _parts, main
+from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.emoji import prompts as emoji
 from hypersd.evaluate import gallery, judges, ladder, measures, paper, plan, report, scoring
@@ -547,6 +548,23 @@ def test_each_part_is_made_under_the_name_it_is_looked_for(part: paper.Part, mon
         assert main(words) == 0
         (given,) = ran
         assert (given.name or given.method) == part.method
+
+
+def test_a_hyper_that_learned_from_no_feedback_is_not_shown_as_one_that_did(
+    tiny_folder: Path, tiny_adapters: Sequence[AdapterFile], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def rows(refined: dict[str, Any]) -> dict[str, Any]:
+        files = [
+            f._replace(card=replace(f.card, recipe=refined if f.card.name == "hyper" else {})) for f in tiny_adapters
+        ]
+        return discover(files, files[0].card.base_sha256)
+
+    monkeypatch.setattr("hypersd.methods.installed", lambda backbone: rows({"asked": {"rank": 8}}))
+    assert "hyper" in _parts("emoji") and not capsys.readouterr().err
+    monkeypatch.setattr("hypersd.methods.installed", lambda backbone: rows({}))
+    assert "hyper" not in _parts("emoji")
+    assert "convert hyper --name hyper-distilled --out FILE" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- the command line

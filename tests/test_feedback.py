@@ -213,6 +213,7 @@ def test_the_anchor_is_the_consistency_of_the_parent_s_method(
 
 
 @pytest.mark.parametrize(("told", "guidance"), [({"guidance": [2.5, 2.5]}, (2.5, 2.5)), ({"points": 40}, (3.0, 3.0)),
+                                                ({"guidance": ["2.5", "4"]}, (2.5, 4.0)),
                                                 ("nothing", (3.0, 3.0)), (None, (3.0, 3.0))])  # fmt: skip
 def test_the_anchor_s_teacher_is_guided_as_the_parent_s_was(
     backbone: Backbone, parent: AdapterFile, told: Any, guidance: tuple[float, float]

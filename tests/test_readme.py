@@ -16,6 +16,7 @@ from hypersd.__main__ import COMMANDS, main
 from hypersd.adapters import found
 from hypersd.emoji import measure
 from hypersd.evaluate import report
+from hypersd.folders import weights_sha256
 from hypersd.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,14 +120,23 @@ def test_figures_of_the_model_are_those_that_were_measured() -> None:
     assert measure.COMMAND in README
 
 
+@pytest.mark.parametrize("name", ["bench.json", "report.json", "ablation-report.json"])
+def test_what_was_measured_is_the_model_that_is_here(name: str) -> None:
+    content = json.loads((ROOT / "assets/measured" / name).read_text(encoding="utf-8"))
+    told = content if name == "bench.json" else content["plan"]
+    assert told["base_sha256"] == weights_sha256(ROOT / "assets/emoji-sd", "emoji")
+
+
 def test_figures_of_the_ablation_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/ablation-report.json").read_text(encoding="utf-8"))
     shown = re.search(r"<!-- ablation -->\n(.*?)<!-- /ablation -->", README, flags=re.DOTALL)
     assert shown is not None and shown[1].strip() == report.ablation(content)
     assert content["plan"]["prompts"] == 24 and content["plan"]["seeds"] == 2, "as the README says"
-    known = {file.card.name: file.sha256 for file in found(ROOT / "assets/emoji-lora")}
-    drawn = {arm: sha for arm, sha in content["adapters"].items() if arm.rpartition("-")[0] in ("tcd", "hyper")}
-    assert drawn and all(known[arm.rpartition("-")[0]] == sha for arm, sha in drawn.items())
+    known = {file.path.stem: file.sha256 for file in found(ROOT / "assets/emoji-lora")}
+    for method in ("tcd", "hyper", "tscd"):
+        for steps in (1, 2, 4, 8):
+            stem = f"tscd-{steps}" if method == "tscd" else method
+            assert content["adapters"][f"{method}-{steps}"] == known[stem]
 
 
 def test_presets_are_those_that_are_trained_with() -> None:

@@ -183,6 +183,9 @@ def test_the_bar_shows_loss_gradient_and_what_is_left_from_the_first_update_on(
     shown: list[tuple[int, str]] = []
 
     class Bar(train.tqdm):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**{**given, "dynamic_ncols": False, "ncols": 300})
+
         def update(self, n: float | None = 1) -> bool | None:
             done = super().update(n)
             shown.append((int(self.n), str(self)))
@@ -204,6 +207,8 @@ def test_tensorboard_shows_the_log_and_forgets_what_a_resumed_run_does_again(tmp
     broken.advance(until=4)
     broken.log.append(broken.update())
     broken._show(broken.log[-1])
+    assert broken._board is not None
+    broken._board.flush()
     run = Run(Line(), RECIPE, tmp_path, tensorboard=True)
     run.advance(until=9)
     assert run._board is not None

@@ -17,12 +17,13 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from http.client import HTTPException
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from hypersd import __version__
 from hypersd.data.download import LATER
@@ -237,7 +238,7 @@ def _once(name: str, url: str, secret: Mapping[str, str], span: str) -> tuple[by
     request = Request(url, headers={"Range": f"bytes={span}", "User-Agent": f"hypersd/{__version__}"})
     for header, value in secret.items():
         request.add_unredirected_header(header, value)
-    with build_opener(_Renamed).open(request, timeout=SECONDS) as answer:
+    with _opener().open(request, timeout=SECONDS) as answer:
         tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
         whole = (answer.length or 0) if span == f"-{END}" and answer.status == 200 else 0
         if 0 < whole <= END:  # its end is all of it
@@ -248,6 +249,11 @@ def _once(name: str, url: str, secret: Mapping[str, str], span: str) -> tuple[by
         if not whole:  # and of the whole file nothing is read
             raise SourceError(f"{name}: its server sends whole files and no parts; download it and give the file")
     return _once(name, url, secret, f"{whole - END}-{whole - 1}")  # some servers do not know spans without a beginning
+
+
+@cache
+def _opener() -> OpenerDirector:
+    return build_opener(_Renamed)
 
 
 class _Renamed(HTTPRedirectHandler):

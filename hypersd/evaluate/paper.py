@@ -101,6 +101,7 @@ class Part:
     how: tuple[str, ...]
 
 
+REFINED = "hyper"  # the row that is the last part if feedback taught it
 _LIKED = "--reward assets/emoji-scorer-a --picker assets/emoji-reward"
 ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones and are drawn in 1 to 8 steps
     Part("TCD", "tcd", ("distill tcd",)),

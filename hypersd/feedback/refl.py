@@ -91,11 +91,13 @@ class Refinement(distill.Distillation):
         structure: Structure | None = None,
         seed: int = 0,
     ) -> None:
-        """`prompts` are what `picker` looks at; none of them may be learned from.
+        """`prompts` are what `picker` looks at; none of them may be learned from. The teacher's guidance is that of
+        the parent's card, `settings` say it only where that does not.
 
         Raises:
             InputError: the parent is of a method that is not known, or of another base, or has learned from feedback
-                with another rank; no reward is given; structure is asked of a parent or of data without any.
+                with another rank, or at a guidance that cannot be; no reward is given; structure is asked of a parent
+                or of data without any.
         """
         method = as_made(distill.find(parent.card.method), parent.card)
         if not rewards and not structure:
@@ -300,7 +302,7 @@ class Base:
     ) -> Refinement:
         """Raises InputError as `Refinement` does, which `given` is for; or the data holds no pictures, or too few."""
         backbone = self.load()
-        data = distill.check_data(self.open_data(backbone), recipe)
+        data = distill.check_data(self.open_data(backbone), recipe, distill.find(parent.card.method))
         made = Refinement(backbone, data, parent, rewards, self.settings, asked, seed=recipe.seed, **given)
         if self.checkpointing:
             made.roles.checkpointing()
@@ -319,7 +321,7 @@ class Refined:
 def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: str, **told: Any) -> Refined:
     """Refine, keep what the picker likes best, write one LoRA that is parent and feedback together.
 
-    The feedback alone lies beside the run, in `folder`, to be merged at another scale.
+    The feedback alone lies beside the run, in `folder`, to be put on top at another scale (convert.py).
 
     Raises:
         Problem: nothing was better than the parent, so nothing was written; or a reward was not finite.
