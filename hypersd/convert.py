@@ -65,7 +65,7 @@ def _on_top(lora: dict[str, Tensor], file: AdapterFile, onto: AdapterFile) -> tu
         raise InputError(f"{file.path.name} and {onto.path.name} stand under different licences: {ours}, {theirs}")
     below, rank = adapters.load(onto.path), onto.card.rank
     recipe = {key: value for key, value in onto.card.recipe.items() if key != "asked"} | ours
-    if learned_rank(file.card):  # what feedback taught in all its turns: it goes to where those of `onto` were
+    if learned_rank(file.card) == file.card.rank:  # feedback's part alone, of all turns: where those of `onto` were
         below, _ = parted(below, learned_rank(onto.card))
         rank -= learned_rank(onto.card)
         recipe["asked"] = file.card.recipe["asked"]

@@ -89,6 +89,13 @@ def test_feedback_goes_to_where_that_of_an_earlier_turn_was(scale: float, files:
     for layer, weight in weights(made).items():
         torch.testing.assert_close(weight, plain[layer] + scale * taught[layer], rtol=2e-3, atol=1e-5)
     assert made.card.rank == 2 * rank and learned_rank(made.card) == rank and made.card.name == "tscd-less"
+    whole = convert(
+        refined("whole.safetensors", added(first, both), 2 * rank), tmp_path / "all.safetensors", onto=parent
+    )
+    for layer, weight in weights(whole).items():
+        other = plain[layer] + 2 * weights(files("tcd-1"))[layer] + taught[layer]
+        torch.testing.assert_close(weight, other, rtol=2e-3, atol=1e-5)
+    assert whole.card.rank == 4 * rank and not learned_rank(whole.card), "no part of it is feedback's alone"
 
 
 def test_licences_are_kept(files: Files, tmp_path: Path) -> None:
