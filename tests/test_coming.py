@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_nobody_hears_after_a_failure_that_it_goes_on(small: Server) -> None:
 def sd15(
     server: Server, cache: Path, tiny_folder: Path, tiny_backbone: Backbone, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Server:  # fmt: skip
+) -> Iterator[Server]:  # fmt: skip
     """The hub with a tiny model in the place of Stable Diffusion 1.5 and LoRAs for it; an empty folder to work in."""
     monkeypatch.chdir(tmp_path)
     server.offer(SD15, tiny_folder)
@@ -116,7 +116,10 @@ def sd15(
         file = published(tiny_backbone, tmp_path, kohya=True, alpha=1.0 + number)
         server.files[f"{release.repository}/{release.file}"] = file.read_bytes()
     monkeypatch.setattr(releases, "RELEASES", tuple(table))
-    return server
+    yield server
+    for thread in threading.enumerate():
+        if thread.name in ("warm-up", "downloads"):
+            thread.join(60)  # it would go on at the real hub, and close the connections of the next test
 
 
 def test_what_is_wanted_stands_in_the_table_before_it_is_there(sd15: Server) -> None:
