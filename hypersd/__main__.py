@@ -343,7 +343,7 @@ def distill_command(given: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from hypersd import distill
-    from hypersd.adapters import beside, found, inspect, named
+    from hypersd.adapters import asked_for, beside
     from hypersd.emoji import training
 
     method = distill.find(given.method)
@@ -363,10 +363,7 @@ def distill_command(given: argparse.Namespace) -> None:
         Path(given.runs) / Path(given.backbone).name,
         Path(given.out) if given.out else beside(given.backbone)[1],
     )
-    begin = None
-    if given.begin:
-        is_path = given.begin.endswith(".safetensors")
-        begin = inspect(Path(given.begin)) if is_path else named(found(out), given.begin)
+    begin = asked_for(out, given.begin) if given.begin else None
     files = distill.run(
         method,
         load,
@@ -398,16 +395,14 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_command(given: argparse.Namespace) -> None:
-    from hypersd.adapters import AdapterFile, beside, found, inspect, named
+    from hypersd.adapters import asked_for, beside
     from hypersd.convert import convert
     from hypersd.distill import check_name
     from hypersd.methods import find
 
-    def file(name: str) -> AdapterFile:
-        return inspect(Path(name)) if name.endswith(".safetensors") else named(found(beside(given.backbone)[1]), name)
-
-    onto = file(given.onto) if given.onto else None
-    lora, out = file(given.lora), Path(given.out)
+    folder, out = beside(given.backbone)[1], Path(given.out)
+    onto = asked_for(folder, given.onto) if given.onto else None
+    lora = asked_for(folder, given.lora)
     name = given.name and check_name(given.name, find((onto or lora).card.method))
     made = convert(lora, out, scale=given.scale, onto=onto, kohya=given.kohya, name=name)
     print(f"{made.path}: rank {made.card.rank}, {'kohya' if given.kohya else 'diffusers'}, sha256 {made.sha256[:12]}")

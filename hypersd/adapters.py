@@ -453,6 +453,16 @@ def named(files: Sequence[AdapterFile], name: str) -> AdapterFile:
     raise InputError(f"there is no LoRA {name[:60]!r}; choose from {known}")
 
 
+def asked_for(folder: Path, name: str) -> AdapterFile:
+    """The LoRA file at a path that ends in .safetensors, else the one of that name in `folder`.
+
+    Raises:
+        InputError: there is none of that name.
+        AdapterError: what is at the path cannot be used.
+    """
+    return inspect(Path(name)) if name.endswith(".safetensors") else named(found(folder), name)
+
+
 def found(folder: Path) -> tuple[AdapterFile, ...]:
     """The adapters in a folder, by file name; a file that cannot be used is told of in the log and left out."""
     import logging
