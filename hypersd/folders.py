@@ -224,13 +224,18 @@ def _fetch(name: str, preset: Preset) -> Path:
     """The snapshot of a hub repository, downloaded where it is not cached; only the files that loading reads."""
     wanted = ["model_index.json", "scheduler/*.json", "tokenizer*/*"]
     for part, about in {p: a for family in FAMILIES.values() for p, a in family.items()}.items():
-        stem = f"{about.stem}.{preset.variant}" if preset.variant else about.stem
-        wanted += [f"{part}/config.json", f"{part}/{stem}.safetensors", f"{part}/{stem}-*.safetensors"]
-        wanted += [f"{part}/{about.stem}.safetensors.index*.json"]
+        wanted += [f"{part}/config.json", *weight_patterns(part, about, preset.variant)]
     try:
         return fetched(preset.source, wanted, "give the folder of a copy", preset.summary.partition(",")[0])
     except InputError as problem:
         raise ModelError(f"{name}: {problem}") from problem
+
+
+def weight_patterns(part: str, about: Part, variant: str = "") -> list[str]:
+    """What the files of a part's weights are called on the hub, in one or in shards."""
+    stem = f"{about.stem}.{variant}" if variant else about.stem
+    shards = [f"{part}/{stem}-*.safetensors", f"{part}/{about.stem}.safetensors.index*.json"]
+    return [f"{part}/{stem}.safetensors", *shards]
 
 
 # ------------------------------------------------------------------------------------------------ is it whole
@@ -260,16 +265,25 @@ def check_folder(folder: Path, name: str) -> None:
         read_json(folder, name, path)
     check_tokenizers(folder, name)
     listed: dict[str, int] = _manifest(folder, name).get("bytes", {})
-    expected = [(folder / path, size) for path, size in listed.items()]
-    weights = [file for part, about in family.items() for file in weight_files(folder, name, part, about)]
-    expected += [(file, _declared_bytes(file, name)) for file in weights]
-    for file, size in expected:
-        path = file.relative_to(folder).as_posix()
-        if not file.is_file():
-            raise ModelError(f"{name}: {path} is missing; {remedy(name, file)}")
-        if file.stat().st_size != size:
-            found = f"{file.stat().st_size:,} bytes instead of {size:,}"
-            raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name, file)}")
+    for path, size in listed.items():
+        check_file(folder / path, name, folder, size)
+    for file in (file for part, about in family.items() for file in weight_files(folder, name, part, about)):
+        check_file(file, name, folder)
+
+
+def check_file(file: Path, name: str, folder: Path, size: int | None = None) -> None:
+    """It is there and has `size` bytes; a weight file, where none is given, as many as its header says.
+
+    Raises:
+        ModelError: it is not, or has not.
+    """
+    size = _declared_bytes(file, name) if size is None else size
+    path = file.relative_to(folder).as_posix()
+    if not file.is_file():
+        raise ModelError(f"{name}: {path} is missing; {remedy(name, file)}")
+    if file.stat().st_size != size:
+        found = f"{file.stat().st_size:,} bytes instead of {size:,}"
+        raise ModelError(f"{name}: {path} is truncated or damaged ({found}); {remedy(name, file)}")
 
 
 def check_tokenizers(folder: Path, name: str) -> None:

@@ -237,7 +237,9 @@ ASKED: dict[str, Callable[[], object]] = {
     "leave the decoder out": lambda: load_decoder("sd3", "quick", torch.float32),
     "name the folder of a copy in HYPERSD_SAFETY": safety.load,
     "put a copy somewhere and name it with fetch --file": lambda: releases.hub("maker/repo", "x"),
-    "name the folder of any model of its kind: HYPERSD_LAYOUT=folder": lambda: _layout("StableDiffusionPipeline"),
+    "name the folder of any model of its kind: HYPERSD_LAYOUT=folder": lambda: _layout(
+        "FluxPipeline", [], ["vae"], "x"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hypersd import adapters
 from hypersd.cost import CONFIGS
-from hypersd.single import UNET
+from hypersd.single import DENOISER
 
 Lora = dict[str, Tensor]  # a file's tensors
 ALPHA = 2.0
@@ -73,7 +73,7 @@ def stabilitys(names: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The same layers as Stability's code calls them, which `test_single` holds to diffusers' own translation."""
     there: Any = {f"{name}.weight": shape for name, shape in names.items()}
     found: Any = test_single.unet(there, 2)
-    return {name.removeprefix(UNET).removesuffix(".weight"): shape for name, shape in found.items()}
+    return {name.removeprefix(DENOISER).removesuffix(".weight"): shape for name, shape in found.items()}
 
 
 WAYS: dict[str, Callable[[dict[str, tuple[int, ...]]], Lora]] = {

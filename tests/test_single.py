@@ -19,7 +19,7 @@ from hypersd import adapters, cost, single
 from hypersd.__main__ import main
 from hypersd.backbone import Backbone
 from hypersd.cost import CONFIGS
-from hypersd.folders import FAMILIES, ModelError
+from hypersd.folders import ModelError
 from hypersd.generate import draw
 from hypersd.methods import METHODS
 from hypersd.records import Request
@@ -165,12 +165,12 @@ def test_every_tensor_of_the_true_networks_finds_its_place(
         network = UNet2DConditionModel(**CONFIGS[name])
     network.save_config(tmp_path / "unet")
     names = unet(network.state_dict(), 2)
-    assert known.items() <= {k.removeprefix(single.UNET): tuple(t.shape) for k, t in names.items()}.items()
+    assert known.items() <= {k.removeprefix(single.DENOISER): tuple(t.shape) for k, t in names.items()}.items()
 
     class File:
         keys, get_tensor = names.keys, names.__getitem__
 
-    found = single._translated(File(), "unet", FAMILIES["StableDiffusionPipeline"]["unet"], tmp_path, name)
+    found = single._translated(File(), "StableDiffusionPipeline", "unet", tmp_path, name)
     assert {key: tensor.shape for key, tensor in found.items()} == {
         key: tensor.shape for key, tensor in network.state_dict().items()
     }
@@ -192,7 +192,7 @@ def test_every_tensor_of_the_true_encoders_finds_its_place(tmp_path: Path) -> No
     parts = {"vae": coder, "text_encoder": first, "text_encoder_2": second}
     names = {
         "vae": vae(coder.state_dict(), 4),
-        "text_encoder": clip(first.state_dict(), single.CLIP[1]),
+        "text_encoder": clip(first.state_dict(), "conditioner.embedders.0.transformer."),
         "text_encoder_2": open_clip(second.state_dict(), single.OPEN_CLIP),
     }
     # the published file has position_ids and logit_scale besides: 197 and 390
@@ -214,7 +214,7 @@ def test_every_tensor_of_the_true_encoders_finds_its_place(tmp_path: Path) -> No
         class File:
             keys, get_tensor = names[part].keys, names[part].__getitem__
 
-        found = single._translated(File(), part, FAMILIES["StableDiffusionXLPipeline"][part], tmp_path, part)
+        found = single._translated(File(), "StableDiffusionXLPipeline", part, tmp_path, part)
         assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in model.state_dict().items()}
 
 
@@ -375,13 +375,18 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
             Backbone.load(tmp_path / name)
 
 
+FLUX = "double_blocks.0.img_attn.norm.key_norm.scale"
+
+
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
         ({"lora_unet_mid_block.lora_down.weight": (4, 8)}, "is a LoRA"),
         ({"first_stage_model.decoder.conv_in.weight": (4, 8)}, "is no whole checkpoint"),
-        ({"model.diffusion_model.joint_blocks.0.x.weight": (4, 8)}, "of Stable Diffusion 3"),
-        ({"model.diffusion_model.double_blocks.0.x.weight": (4, 8)}, "of FLUX"),
+        ({FLUX: (8,), "double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "is a LoRA"),
+        ({FLUX: (8,), "controlnet_blocks.0.weight": (4, 8)}, "is a ControlNet"),
+        ({FLUX: (8,), "double_stream_modulation_img.lin.weight": (4, 8)}, r"of FLUX\.2"),
+        ({FLUX: (8,), "distilled_guidance_layer.in_proj.weight": (4, 8)}, "of Chroma"),
         ({f"{p}x": (4, 8) for p in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")},
          "of Stable Diffusion 2"),
         ({f"{p}x": (4, 8) for p in ("model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.model.")},
