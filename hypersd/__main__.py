@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hypersd import __version__
 from hypersd.records import InputError, Problem, Request, real_number, whole_number
@@ -26,6 +26,24 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], None]
 
 
+def holding_arguments(parser: argparse.ArgumentParser, engine: bool = True) -> None:
+    """How the model is held in memory and drawn with: what the app asks HYPERSD_ENGINE, _DECODER and _OFFLOAD for."""
+    if engine:
+        parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    parser.add_argument("--decoder", default="", help="a quicker, smaller one: quick, or its folder (default: its own)")
+    parser.add_argument("--offload", action="store_true", help="text encoders and decoder wait in main memory, which "
+                        "leaves room on a GPU")  # fmt: skip
+
+
+def holding(given: argparse.Namespace) -> dict[str, Any]:
+    """The same as arguments of `Backbone.load`."""
+    from hypersd.backbone import best_device
+
+    if given.offload and best_device() == "cpu":
+        print("note: --offload changes nothing here: there is no GPU to make room on", file=sys.stderr)
+    return {key: vars(given)[key] for key in ("engine", "decoder", "offload") if key in given}
+
+
 def draw_arguments(parser: argparse.ArgumentParser) -> None:
     # Numbers arrive as text and are checked by Request, which explains what is allowed better than argparse.
     parser.add_argument("--prompt", required=True, help="what to draw")
@@ -37,7 +55,7 @@ def draw_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", help="guidance scale (default: what the method was made for)")
     parser.add_argument("--eta", help="share of fresh noise a step, 0 to 1 (default: what the method was made for)")
     parser.add_argument("--seed", default=0, help="seed of the initial noise (default: %(default)s)")
-    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    holding_arguments(parser)
     parser.add_argument("--out", default="picture.png", help="PNG to write, provenance inside (default: %(default)s)")
 
 
@@ -55,7 +73,7 @@ def draw_command(given: argparse.Namespace) -> None:
     from hypersd.backbone import load_best
     from hypersd.generate import draw
 
-    backbone = load_best(given.backbone, given.engine)
+    backbone = load_best(given.backbone, **holding(given))
     for text in (request.prompt, request.negative_prompt):
         if ignored := backbone.truncated(text):
             print(f"note: too long for {backbone.name}, this part is ignored: {ignored}", file=sys.stderr)
@@ -194,7 +212,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder of pictures and report (default: runs/evaluate, -quick, -ablation or "
                         "-ladder)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="3 prompts a set, 2 drawings, teacher of 25 steps")
-    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    holding_arguments(parser)
     parser.add_argument("--publish", action="store_true", help="into assets too: what the app and the reports go by")
     parser.add_argument("--ladder", action="store_true", help="ask which metrics can be believed, of the base model")
 
@@ -213,7 +231,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
     out, artwork = Path(given.out or f"runs/evaluate{kind}"), Path(given.artwork)
     if given.ladder:
         limit, seeds = given.limit or (12 if given.quick else 60), given.seeds or 2
-        page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds, engine=given.engine)
+        page = ladder.run(given.backbone, out, artwork, limit=limit, seeds=seeds, **holding(given))
     else:
         wanted = plan.make(
             backbone=given.backbone,
@@ -228,7 +246,7 @@ def evaluate_command(given: argparse.Namespace) -> None:
             rivals=given.rivals,
         )
         metrics = evaluate.chosen(given.metrics, quick=given.quick, published=given.backbone != "emoji")
-        page = evaluate.run(wanted, given.backbone, out, metrics, artwork, given.engine)
+        page = evaluate.run(wanted, given.backbone, out, metrics, artwork, **holding(given))
     if page:
         print(page)
         if given.publish and given.ladder:
@@ -265,7 +283,7 @@ def sheet_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", help="frozen prompt sets, with commas (default: all four)")
     parser.add_argument("--prompts", help="a text file instead, one prompt a line")
     parser.add_argument("--limit", default=4, help="prompts a set, spread evenly (default: %(default)s)")
-    parser.add_argument("--engine", default="torch", help="torch or openvino (default: %(default)s)")
+    holding_arguments(parser)
     parser.add_argument("--out", default="sheet.png", help="PNG to write, provenance inside (default: %(default)s)")
 
 
@@ -274,13 +292,14 @@ def sheet_command(given: argparse.Namespace) -> None:
 
     columns = sheet.arms(given.arms)
     wanted = plan.make(backbone=given.backbone, sets=given.sets, file=given.prompts, limit=given.limit, seeds=1)
-    sheet.make(wanted, columns, Path(given.out), given.backbone, given.engine)
+    sheet.make(wanted, columns, Path(given.out), given.backbone, **holding(given))
     print(f"{given.out}: {len(wanted.prompts)} prompts by {len(columns)} columns")
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="emoji", help="emoji, sd15, sdxl or a folder (default: %(default)s)")
     parser.add_argument("--rounds", default=15, help="timings of each kind of work (default: %(default)s)")
+    holding_arguments(parser, engine=False)
     parser.add_argument("--out", default="runs/bench", help="folder of bench.json and its plot (default: %(default)s)")
     parser.add_argument("--publish", action="store_true", help="into assets/measured too, which the app shows")
     parser.add_argument("--training", action="store_true", help="updates of training beside the usual LCM-LoRA update")
@@ -292,11 +311,13 @@ def bench_command(given: argparse.Namespace) -> None:
     from hypersd import bench
 
     if given.training:
+        if given.decoder or given.offload:
+            raise InputError("--training draws nothing; leave --decoder and --offload out")
         from hypersd import throughput
 
         print(throughput.table(throughput.run(given.backbone, given.rounds)))
         return
-    content = bench.run(given.backbone, given.rounds, votes=_votes_per_second)
+    content = bench.run(given.backbone, given.rounds, votes=_votes_per_second, **holding(given))
     bench.write(Path(given.out), content)
     if given.publish:
         bench.publish(Path(given.out), given.backbone, "bench.json", "bench.png")

@@ -43,6 +43,7 @@ class Backbone:
     trainable = True
     tells_guidance = False  # whether the network is told the scale of guidance, instead of being called twice
     spares_memory = False  # whether a full GPU made it
+    quick = ""  # the small decoder that it draws with, as it was asked for
     half = torch.float16  # what it is drawn in on a GPU
 
     def __init__(
@@ -111,6 +112,7 @@ class Backbone:
         made = family(name, folder, licence, parts, schedule, engine)
         if decoder:
             made.decoder = folders.load_decoder(name, decoder, dtype).to("cpu" if offload else device)
+            made.quick = decoder
         return made
 
     @staticmethod
@@ -470,10 +472,10 @@ CLASSES: dict[str, type[Backbone]] = {
 }
 
 
-def load_best(name_or_folder: str | Path, engine: str = "torch") -> Backbone:
+def load_best(name_or_folder: str | Path, engine: str = "torch", decoder: str = "", offload: bool = False) -> Backbone:
     """A model where and as it draws best on this machine. Raises as `Backbone.load` does."""
     device = best_device() if engine == "torch" else "cpu"
-    return Backbone.load(name_or_folder, device=device, dtype=None, engine=engine)
+    return Backbone.load(name_or_folder, device=device, dtype=None, engine=engine, decoder=decoder, offload=offload)
 
 
 def best_device() -> str:

@@ -50,10 +50,10 @@ class Row(NamedTuple):
 
 
 def run(
-    name: str, rounds: object = 15, *, start_up: bool = True, votes: Callable[[], float] | None = None
+    name: str, rounds: object = 15, *, start_up: bool = True, votes: Callable[[], float] | None = None, **holding: Any
 ) -> dict[str, Any]:
     """Everything that is measured of backbone `name`, ready for JSON. `start_up` costs three new processes; `votes`
-    says how many the study takes a second.
+    says how many the study takes a second; `holding` is `Backbone.load`'s decoder and offload.
 
     Raises:
         InputError: rounds is no whole number from 3 to 1,000, or the library that plots is not installed.
@@ -62,13 +62,13 @@ def run(
     need("matplotlib")
     rounds = whole_number(rounds, "rounds", 3, 1000)
     started = time.perf_counter()
-    backbone = load_best(name)
+    backbone = load_best(name, **holding)
     once = {"load": time.perf_counter() - started}
     started = time.perf_counter()
     draw(backbone, Request(PROMPT, SEED, STEPS[-1]), find("base"))
     once["first picture"] = time.perf_counter() - started
     if start_up:
-        once["command that draws one step"] = statistics.median(_start_up(name) for _ in range(3))
+        once["command that draws one step"] = statistics.median(_start_up(name, **holding) for _ in range(3))
     speed = gigaflops()
     work, rows = _work(backbone)
     taken = in_turn(work, rounds)
@@ -82,6 +82,8 @@ def run(
         "ratios": {row.name: {"title": row.title, "good": row.good, **_ratio(row, taken)} for row in rows},
         "votes_per_second": votes() if votes else None,
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "decoder": backbone.quick,
+        "offload": _resting(backbone),
         "peak_memory_gb": _peak_bytes() / 1e9,
         "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
@@ -127,20 +129,39 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
                 work[label] = _picture(backbone, method, steps)
                 limit = [_bare_call(method)] * steps + ["decoding"]
                 rows.append(Row(f"{method.name}-{steps}-limit", f"{label} / network + decoder", [label], limit, "1"))
-    stock = _stock(backbone)
     for steps in (1, 4):
-        ours, theirs = f"new prompt, {steps} steps", f"diffusers, {steps} steps"
-        work[ours] = _picture(backbone, find("base"), steps, new=True)
-        work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
-        rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [ours], "more"))
-    rows += _side_by_side(backbone, stock, work)
+        work[_new(steps)] = _picture(backbone, find("base"), steps, new=True)
+    if not _resting(backbone):  # its pipelines would have to be told to move their parts, which are also ours
+        rows += _beside_stock(backbone, work)
     plain = backbone.device.type == "cpu" and backbone.dtype == torch.float32 and backbone.denoiser == "unet"
-    if importlib.util.find_spec("openvino") and plain:
-        same = backbone.name if backbone.name in BACKBONES else backbone.folder
-        rows += _compiled(Backbone.load(same, engine="openvino"), work)
+    if importlib.util.find_spec("openvino") and plain and not backbone.quick:  # it brings its own decoder
+        rows += _compiled(Backbone.load(_same(backbone), engine="openvino"), work)
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx") and plain:
         rows += _exported(backbone, work)
     return work, rows
+
+
+def _new(steps: int) -> str:
+    return f"new prompt, {steps} steps"
+
+
+def _resting(backbone: Backbone) -> bool:
+    """Whether text encoders and decoder are elsewhere while they do not work."""
+    return bool(backbone.text_encoder.device != backbone.device)
+
+
+def _same(backbone: Backbone) -> str | Path:
+    """What to load to have it again."""
+    return backbone.name if backbone.name in BACKBONES else backbone.folder
+
+
+def _beside_stock(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
+    stock, rows = _stock(backbone), []
+    for steps in (1, 4):
+        theirs = f"diffusers, {steps} steps"
+        work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
+        rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [_new(steps)], "more"))
+    return rows + _side_by_side(backbone, stock, work)
 
 
 def _exported(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
@@ -179,19 +200,19 @@ def _compiled(quick: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Ro
 def _bare(backbone: Backbone) -> dict[str, Callable[[int], Any]]:
     x, _ = backbone.noise(SEED)
     one, two = backbone.embed([PROMPT]), backbone.embed(["", PROMPT])
-
-    def call(x: torch.Tensor, states: torch.Tensor) -> Callable[[int], Any]:
-        @torch.inference_mode()
-        def work(_number: int) -> None:
-            backbone.predict(x, 500, states)
-
-        return work
-
     return {
-        "network call": call(x, one),
-        "network call, guided": call(torch.cat([x, x]), two),
+        "network call": _call(backbone, x, one),
+        "network call, guided": _call(backbone, torch.cat([x, x]), two),
         "decoding": lambda _number: backbone.decode(x),
     }
+
+
+def _call(backbone: Backbone, x: torch.Tensor, states: torch.Tensor) -> Callable[[int], Any]:
+    @torch.inference_mode()
+    def work(_number: int) -> torch.Tensor:
+        return backbone.predict(x, 500, states)
+
+    return work
 
 
 def _bare_call(method: Method) -> str:
@@ -251,7 +272,7 @@ def _together_rows(engine: str, methods: Sequence[Method]) -> list[Row]:
 
 
 def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:
-    """diffusers' pipeline on the same weights, precision and steps, as its documentation calls it."""
+    """diffusers' pipeline on the same weights, precision, decoder and steps, as its documentation calls it."""
     import diffusers
 
     kind = folders.read_json(backbone.folder, backbone.name, "model_index.json")["_class_name"]
@@ -262,9 +283,8 @@ def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:
     own: dict[str, Any] = {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
     if kind == "StableDiffusionPipeline":
         own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = getattr(diffusers, kind)(
-        **backbone.components, scheduler=scheduler.from_pretrained(backbone.folder, **given), **own
-    )
+    parts = {**backbone.components, "vae": backbone.decoder}
+    pipeline = getattr(diffusers, kind)(**parts, scheduler=scheduler.from_pretrained(backbone.folder, **given), **own)
     pipeline.set_progress_bar_config(disable=True)
 
     def call(number: int, steps: int, guidance: float) -> Any:
@@ -277,9 +297,10 @@ def _stock(backbone: Backbone) -> Callable[[int, int, float], Any]:
     return call
 
 
-def _start_up(name: str) -> float:
+def _start_up(name: str, decoder: str = "", offload: bool = False) -> float:
     """Seconds from an empty shell to one picture on disk."""
     command = [sys.executable, "-m", "hypersd", "draw", "--prompt", PROMPT, "--steps", "1", "--backbone", name]
+    command += ["--decoder", decoder] * bool(decoder) + ["--offload"] * offload
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         done = subprocess.run([*command, "--out", f"{folder}/x.png"], capture_output=True, text=True, check=False)

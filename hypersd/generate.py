@@ -223,11 +223,11 @@ def _noise_after(x_t: Tensor, seed: int) -> Callable[[], Tensor]:
 
 
 def _arithmetic(backbone: Backbone, method: Method, nag: float | None) -> str:
-    """Such as "float32"; what else changes the pixels' last bits is behind it: an engine's name, decoding in tiles."""
+    """Such as "float32"; what else changes the pixels is behind it: an engine's name, a small decoder, tiles."""
     dtype = str(backbone.dtype).removeprefix("torch.")
     compiled = backbone.engine != "torch" and method.smaller == 1  # engines draw one size
     engine = f", {backbone.engine}{' decoder' if nag else ''}" if compiled else ""
-    return dtype + engine + ", tiles" * backbone.spares_memory
+    return dtype + engine + ", quick decoder" * bool(backbone.quick) + ", tiles" * backbone.spares_memory
 
 
 def _schedule(backbone: Backbone, request: Request, method: Method) -> Schedule:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from hypersd import bench
@@ -58,6 +59,29 @@ def test_the_stock_pipeline_draws_the_same_picture(tiny_backbone: Backbone) -> N
     panel = draw(tiny_backbone, Request(f"{bench.PROMPT} 7", bench.SEED, 4), method)
     ours = np.frombuffer(panel.pixels, np.uint8).reshape(theirs.shape).astype(int)
     assert abs(theirs - ours).max() <= 1
+
+
+def test_a_quick_decoder_is_the_stock_pipelines_too(tiny_folder: Path, tmp_path: Path) -> None:
+    from hypersd.generate import draw
+
+    quick = Backbone.load(tiny_folder, decoder=str(tiny.build_decoder(tmp_path / "quick")))
+    work, rows = bench._work(quick)
+    theirs = np.asarray(work["diffusers, 4 steps"](7), dtype=int)
+    panel = draw(quick, Request(f"{bench.PROMPT} 7", bench.SEED, 4), METHODS["base"])
+    ours = np.frombuffer(panel.pixels, np.uint8).reshape(theirs.shape).astype(int)
+    assert abs(theirs - ours).max() <= 1
+    assert not [row.name for row in rows if row.name.startswith("openvino")], "which brings its own"
+
+
+def test_parts_that_rest_are_not_lent_to_a_stock_pipeline(
+    tiny_folder: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [Backbone.load(tiny_folder, device="meta", offload=offload) for offload in (False, True)]
+    assert [bench._resting(backbone) for backbone in held] == [False, True]
+    monkeypatch.setattr(bench, "_resting", lambda _: True)
+    work, rows = bench._work(tiny_backbone)
+    assert not [row.name for row in rows if row.name.startswith("stock")] and "diffusers, 4 steps" not in work
+    assert "base-4-limit" in {row.name for row in rows}
 
 
 def test_four_methods_are_timed_against_four_pipelines(

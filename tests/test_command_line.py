@@ -7,12 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
+import torch
 
 from hypersd.__main__ import COMMANDS, main
+from hypersd.backbone import Backbone
+from hypersd.evaluate import ladder
 from hypersd.methods import installed
 from hypersd.pictures import read_png
+from hypersd.records import InputError
 
 
 def test_draws_a_picture_with_its_provenance(
@@ -28,6 +34,54 @@ def test_draws_a_picture_with_its_provenance(
     assert "base, 3 steps, 6 NFE" in said.out
     assert "licence" in said.out
     assert said.err == ""
+
+
+def test_a_quick_decoder_is_asked_for_and_told(tiny_folder: Path, tmp_path: Path) -> None:
+    """The same latents make another picture, so its provenance has to say by what."""
+    given = ["draw", "--backbone", str(tiny_folder), "--steps", "1", "--prompt", "a cat", "--out"]
+    assert main([*given, str(tmp_path / "x.png")]) == 0
+    quick = ["--decoder", str(tiny.build_decoder(tmp_path / "quick"))]
+    assert main([*given, str(tmp_path / "y.png"), *quick]) == 0
+    usual, other = read_png(tmp_path / "x.png"), read_png(tmp_path / "y.png")
+    assert usual.pixels != other.pixels and usual.noise_sha256 == other.noise_sha256
+    assert (usual.dtype + ", quick decoder", usual.base_sha256) == (other.dtype, other.base_sha256)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_offload_without_a_gpu_is_told(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--backbone", str(tiny_folder), "--steps", "1", "--prompt", "a cat", "--out", str(tmp_path / "x.png")]
+    assert main(["draw", *given, "--offload"]) == 0
+    said = "note: --offload changes nothing here: there is no GPU to make room on\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+@pytest.mark.parametrize("command", ["draw", "evaluate", "evaluate --ladder", "sheet", "bench"])
+def test_wherever_a_model_draws_it_is_held_as_asked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as it would be by itself."""
+    asked: dict[str, object] = {}
+
+    def load(*_arguments: object, **holding: object) -> None:
+        asked.update(holding)
+        raise InputError("enough")
+
+    monkeypatch.setattr(Backbone, "load", load)
+    monkeypatch.setattr(ladder.Yardstick, "load", lambda *_: SimpleNamespace(judge=None, real=None))
+    (tmp_path / "prompts").write_text("a cat")
+    own = {
+        "draw": ["--prompt", "a cat"],
+        "evaluate": ["--methods", "base", "--steps", "1"],
+        "sheet": ["--arms", "base@1", "--prompts", str(tmp_path / "prompts")],
+    }
+    given = [*command.split(), *own.get(command, []), "--decoder", "quick", "--offload", "--out"]
+    assert main([*given, str(tmp_path / "x.png")]) == 2
+    assert (asked["decoder"], asked["offload"]) == ("quick", True)
+
+
+def test_training_is_timed_without_a_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--training", "--decoder", "quick"]) == 2
+    assert "--training draws nothing; leave --decoder and --offload out" in capsys.readouterr().err
 
 
 def test_says_which_words_were_ignored(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

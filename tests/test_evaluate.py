@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from judged import Thumbnails, make_artwork
 from test_shared import launcher
@@ -167,6 +168,16 @@ def test_another_configuration_is_refused_and_nothing_is_touched(results: Path, 
         with pytest.raises(InputError, match=f"another configuration .it differs in .*{word}.*choose a new folder"):
             evaluate.run(small(**changes), str(tiny_folder), results, ALL, real)
     assert before == {file: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+
+
+def test_another_decoder_is_another_configuration(results: Path, tiny_folder: Path, real: Path, tmp_path: Path) -> None:
+    """Its pictures are others; and the other way round, those of the model's own."""
+    quick = str(tiny.build_decoder(tmp_path / "quick"))
+    with pytest.raises(InputError, match=r"it differs in decoder\); choose a new folder"):
+        evaluate.run(small(), str(tiny_folder), results, ALL, real, decoder=quick)
+    plan.claim(tmp_path / "new", small().record(Backbone.load(tiny_folder, decoder=quick)))
+    with pytest.raises(InputError, match=r"it differs in decoder\); choose a new folder"):
+        plan.claim(tmp_path / "new", small().record(Backbone.load(tiny_folder)))
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,19 @@ def build(folder: Path, prediction: str = "v_prediction", set_alpha_to_one: bool
     return folder
 
 
+def build_decoder(folder: Path, channels: int = 8) -> Path:
+    """A quick decoder for the latents of `build`."""
+    from diffusers import AutoencoderTiny
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        AutoencoderTiny(
+            latent_channels=channels, encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4,
+            num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4,
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def build_xl(folder: Path) -> Path:
     """The same in StableDiffusionXLPipeline's layout: two text encoders, a pooled state, sizes; 64 px pictures."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hypersd import bench
 from hypersd.backbone import Backbone
@@ -20,10 +21,10 @@ from hypersd.train import processes
 
 
 def run(
-    wanted: Plan, backbone_name: str, folder: Path, metrics: Sequence[Metric], artwork: Path, engine: str = "torch"
+    wanted: Plan, backbone_name: str, folder: Path, metrics: Sequence[Metric], artwork: Path, **holding: Any
 ) -> Path | None:
     """Draw what is not there yet, measure all of it, write the report; returns its page. Metrics that failed on the
-    ladder are named and not used.
+    ladder are named and not used. `holding` is `Backbone.load`'s engine, decoder and offload.
 
     Started by `accelerate launch`, several processes share the drawing; the first one measures, the others get None.
 
@@ -32,7 +33,7 @@ def run(
         ModelError: the backbone cannot be loaded.
     """
     bench.need("matplotlib", "pyarrow")
-    backbone = Backbone.load(backbone_name, device=str(processes().device), dtype=None, engine=engine)
+    backbone = Backbone.load(backbone_name, device=str(processes().device), dtype=None, **holding)
     return run_on(backbone, wanted, folder, metrics, artwork)
 
 

@@ -82,9 +82,9 @@ def run(
     *,
     limit: object = 60,
     seeds: object = 2,
-    engine: str = "torch",
+    **holding: Any,
 ) -> Path | None:
-    """Draw the teacher's rungs, climb, write ladder.json and ladder.md; returns the page.
+    """Draw the teacher's rungs, climb, write ladder.json and ladder.md; returns the page. `holding` as in evaluate.
 
     Raises:
         InputError: no judge or no artwork, both of which the ladder is made of; or the folder is another plan's.
@@ -98,7 +98,7 @@ def run(
         sets="seen,composition,concept", methods=plan.TEACHER, steps=TEACHER_STEPS[1:],
         teacher_steps=TEACHER_STEPS[0], seeds=seeds, limit=limit,
     )  # fmt: skip
-    backbone = Backbone.load(backbone_name, device=str(state.device), dtype=None, engine=engine)
+    backbone = Backbone.load(backbone_name, device=str(state.device), dtype=None, **holding)
     record = wanted.record(backbone)
     plan.claim(folder, record)
     gallery.fill(wanted, folder, backbone, state.process_index, state.num_processes)

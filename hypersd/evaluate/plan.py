@@ -76,6 +76,7 @@ class Plan:
             "device": backbone.device.type,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "engine": backbone.engine,
+            **({"decoder": backbone.quick} if backbone.quick else {}),
             "prompts": len(self.prompts),
             "sets": {name: len(numbers) for name, numbers in self.sets.items()},
             "prompts_sha256": emoji.sha256(self.prompts),
@@ -279,7 +280,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> None:
 def _differences(found: str, record: Mapping[str, Any]) -> str:
     try:
         old = json.loads(found)
-        changed = [key for key in record if old.get(key) != json.loads(json.dumps(record[key]))]
+        changed = [key for key in {**record, **old} if old.get(key) != json.loads(json.dumps(record.get(key)))]
     except (ValueError, AttributeError):
         return f"{PLAN} cannot be read"
     return f"it differs in {', '.join(changed)}" if changed else f"{PLAN} was written by another version"

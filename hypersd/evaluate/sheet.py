@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,8 +33,8 @@ def arms(text: str) -> list[Arm]:
     return found
 
 
-def make(plan: Plan, columns: Sequence[Arm], out: Path, backbone: str, engine: str = "torch") -> None:
-    """Draw the plan's prompts in these columns and write the sheet, its provenance inside.
+def make(plan: Plan, columns: Sequence[Arm], out: Path, backbone: str, **holding: Any) -> None:
+    """Draw the plan's prompts in these columns and write the sheet, its provenance inside. `holding` is `load_best`'s.
 
     Raises:
         InputError: a method is unknown here or was not made for so many steps, or the path cannot be written.
@@ -46,7 +47,7 @@ def make(plan: Plan, columns: Sequence[Arm], out: Path, backbone: str, engine: s
     ]
     for request, method in squares[: len(columns)]:
         method.check(request)
-    model = load_best(backbone, engine)
+    model = load_best(backbone, **holding)
     panels = [draw(model, request, method) for request, method in tqdm(squares, desc="sheet", unit="picture")]
     heads = [f"{methods[arm.method].title}, {arm.steps}" for arm in columns]
     rows = [prompt.text for prompt in plan.prompts]
