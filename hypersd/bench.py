@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import platform
 import resource
@@ -33,6 +34,7 @@ from hypersd.generate import draw
 from hypersd.methods import Method, discover, find
 from hypersd.records import InputError, Request, whole_number
 
+log = logging.getLogger(__name__)
 PROMPT, SEED = "a happy cat", 1
 STEPS = (1, 4, 25)  # of the base model; other methods at those of these that they allow
 TOGETHER = 4  # panels of a comparison, 4 steps each
@@ -69,7 +71,7 @@ def run(
     once["first picture"] = time.perf_counter() - started
     if start_up:
         once["command that draws one step"] = statistics.median(_start_up(name, **holding) for _ in range(3))
-    speed = gigaflops()
+    speed, memory = gigaflops(), gpu_memory(backbone)
     work, rows = _work(backbone)
     taken = in_turn(work, rounds)
     return {
@@ -84,6 +86,7 @@ def run(
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "decoder": backbone.quick,
         "offload": _resting(backbone),
+        "gpu_memory_gb": memory,
         "peak_memory_gb": _peak_bytes() / 1e9,
         "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
     }
@@ -133,6 +136,8 @@ def _work(backbone: Backbone) -> tuple[dict[str, Callable[[int], Any]], list[Row
         work[_new(steps)] = _picture(backbone, find("base"), steps, new=True)
     if not _resting(backbone):  # its pipelines would have to be told to move their parts, which are also ours
         rows += _beside_stock(backbone, work)
+    if backbone.device.type == "cuda":
+        rows += _on_gpu(backbone, work)
     plain = backbone.device.type == "cpu" and backbone.dtype == torch.float32 and backbone.denoiser == "unet"
     if importlib.util.find_spec("openvino") and plain and not backbone.quick:  # it brings its own decoder
         rows += _compiled(Backbone.load(_same(backbone), engine="openvino"), work)
@@ -162,6 +167,43 @@ def _beside_stock(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> 
         work[theirs] = lambda number, steps=steps: stock(number, steps, find("base").guidance)  # type: ignore[misc]
         rows.append(Row(f"stock-{steps}", f"diffusers / ours, {steps} steps, guided", [theirs], [_new(steps)], "more"))
     return rows + _side_by_side(backbone, stock, work)
+
+
+def _on_gpu(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
+    """What only a GPU makes a question of: several calls as one, and the model held in other ways, where it fits."""
+    x, states = backbone.noise(SEED)[0].repeat(TOGETHER, 1, 1, 1), backbone.embed([PROMPT] * TOGETHER)
+    work[f"network call of {TOGETHER}"] = _call(backbone, x, states)
+    rows = [Row("batch", f"{TOGETHER} network calls / one of {TOGETHER}", ["network call"] * TOGETHER,
+                [f"network call of {TOGETHER}"], "more")]  # fmt: skip
+    ways: dict[str, tuple[str, dict[str, Any]]] = {"in float32": ("more", {"dtype": torch.float32})}
+    if not _resting(backbone):
+        ways["with encoders and decoder in main memory"] = "1", {"dtype": backbone.dtype, "offload": True}
+    for way, (good, holding) in ways.items():
+        try:
+            other = Backbone.load(_same(backbone), device=str(backbone.device), decoder=backbone.quick, **holding)
+        except InputError as problem:  # too large
+            log.warning("no row %s: %s", way, problem)
+            continue
+        work[f"{_new(4)}, {way}"] = _picture(other, find("base"), 4, new=True)
+        rows.append(Row(way.split()[-1], f"4 steps {way} / as it is drawn", [f"{_new(4)}, {way}"], [_new(4)], good))
+    return rows
+
+
+def gpu_memory(backbone: Backbone) -> dict[str, float] | None:
+    """GB of a GPU that are taken at the peak of a drawing by each method, the model and its one adapter included; None
+    without a GPU."""
+    if backbone.device.type != "cuda":
+        return None
+    peaks = {}
+    for method in _drawable(backbone):
+        for steps in [steps for steps in STEPS if _draws(method, steps)][:1]:
+            backbone.wardrobe.forget()
+            picture = _picture(backbone, method, steps, new=True)
+            picture(-1)  # merges
+            torch.cuda.reset_peak_memory_stats()
+            picture(0)
+            peaks[f"{method.name}, {steps} steps"] = torch.cuda.max_memory_allocated() / 1e9
+    return peaks
 
 
 def _exported(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
@@ -370,7 +412,8 @@ def table(content: Mapping[str, Any]) -> str:
     lines += [f"{label:<48} {value:8.3f} s" for label, value in seconds.items()]
     if content.get("votes_per_second"):
         lines.append(f"{'votes that the study takes':<48} {content['votes_per_second']:6.0f}   a second")
-    peaks = {"memory at its peak": content["peak_memory_gb"], "the GPU's at its peak": content["peak_gpu_memory_gb"]}
+    peaks = {f"the GPU's memory, {label}": peak for label, peak in (content.get("gpu_memory_gb") or {}).items()}
+    peaks |= {"memory at its peak": content["peak_memory_gb"], "the GPU's at its peak": content["peak_gpu_memory_gb"]}
     return "\n".join([*lines, *(f"{label:<48} {peak:8.3f} GB" for label, peak in peaks.items() if peak)])
 
 

@@ -84,9 +84,13 @@ class Wardrobe:
         self._copies[key] = dressed(self.network, outfit)
         return self._copies[key]
 
+    def forget(self) -> None:
+        """Drop the copies; what is asked for again is merged again."""
+        self._copies.clear()
+
     def spare(self) -> None:
         """Memory turned out to be short: drop the copies, and leave twice as much free from now on."""
-        self._copies.clear()
+        self.forget()
         self.reserve = max(2 * self.reserve, GIGABYTE)
 
     def bare(self) -> Any:

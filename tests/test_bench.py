@@ -15,7 +15,7 @@ import torch
 
 from hypersd import bench
 from hypersd.__main__ import main
-from hypersd.backbone import Backbone
+from hypersd.backbone import Backbone, no_room
 from hypersd.bench import Row
 from hypersd.methods import METHODS
 from hypersd.records import InputError, Request
@@ -82,6 +82,52 @@ def test_parts_that_rest_are_not_lent_to_a_stock_pipeline(
     work, rows = bench._work(tiny_backbone)
     assert not [row.name for row in rows if row.name.startswith("stock")] and "diffusers, 4 steps" not in work
     assert "base-4-limit" in {row.name for row in rows}
+
+
+def test_a_gpu_has_rows_of_its_own(tiny_backbone: Backbone, caplog: pytest.LogCaptureFixture) -> None:
+    """Made here on the CPU, which is not asked for them otherwise."""
+    work = bench._bare(tiny_backbone)
+    rows = bench._on_gpu(tiny_backbone, work)
+    assert [(row.name, row.good) for row in rows] == [("batch", "more"), ("float32", "more"), ("memory", "1")]
+    assert {label for row in rows for label in (*row.over, *row.under)} == work.keys() - {
+        "network call, guided", "decoding"
+    } | {"new prompt, 4 steps"}  # fmt: skip
+    four, one = work["network call of 4"](0), work["network call"](0)
+    torch.testing.assert_close(four, one.repeat(4, 1, 1, 1))
+    pixels = [work[f"new prompt, 4 steps, {way}"](0).pixels
+              for way in ("in float32", "with encoders and decoder in main memory")]  # fmt: skip
+    assert pixels[0] == pixels[1]
+    assert not bench._work(tiny_backbone)[0].keys() & {"network call of 4"} and not caplog.messages
+
+
+def test_a_way_that_has_no_room_is_left_out(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(*_arguments: object, **holding: object) -> Backbone:
+        if holding["dtype"] == torch.float32 and "offload" not in holding:
+            raise no_room("tiny")
+        return tiny_backbone
+
+    monkeypatch.setattr(Backbone, "load", load)
+    assert [row.name for row in bench._on_gpu(tiny_backbone, {})] == ["batch", "memory"]
+    assert "no row in float32: the GPU has too little memory for tiny" in caplog.text
+
+
+def test_the_memory_of_a_method_is_that_of_its_drawing_alone(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies for other methods are dropped first, and the first drawing, which merges, does not count."""
+    assert bench.gpu_memory(tiny_backbone) is None or torch.cuda.is_available()
+    told: list[str] = []
+    monkeypatch.setattr(tiny_backbone, "device", torch.device("cuda"))
+    monkeypatch.setattr(tiny_backbone.wardrobe, "forget", lambda: told.append("forget"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: told.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: len(told) * 10**9)
+    monkeypatch.setattr(bench, "draw", lambda _backbone, request, _method: told.append(request.prompt))
+    assert bench.gpu_memory(tiny_backbone) == {"base, 1 steps": 4.0}
+    assert told == ["forget", f"{bench.PROMPT} -1", "reset", f"{bench.PROMPT} 0"]
+    content = {"ratios": {}, "once_seconds": {}, "median_seconds": {}, "peak_memory_gb": 1, "peak_gpu_memory_gb": 5}
+    assert "the GPU's memory, base, 1 steps" in bench.table({**content, "gpu_memory_gb": {"base, 1 steps": 4.0}})
 
 
 def test_four_methods_are_timed_against_four_pipelines(
