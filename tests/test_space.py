@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import checker
@@ -21,7 +22,7 @@ from listing import ROOT, files
 from hypersd import releases
 from hypersd.__main__ import main
 from hypersd.safety import HELD
-from hypersd.space import ATTRIBUTES, LARGE, lay_out
+from hypersd.space import ATTRIBUTES, LARGE, PYTHON, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 ALLOWED = re.compile(
@@ -81,6 +82,21 @@ def test_asks_for_what_zerogpu_has(emoji: Path) -> None:
     theirs = (emoji / "requirements.txt").read_text().splitlines()
     assert [line for line in theirs if line not in ours] == ["torch>=2.8,<2.12  # what ZeroGPU knows"]
     assert len(theirs) == len(ours)
+
+
+@pytest.mark.network
+@pytest.mark.skipif(find_spec("uv") is None, reason="uv is not installed")
+@pytest.mark.parametrize("torch", ["2.8.0", "2.11.0"])  # the oldest and the newest that ZeroGPU knows
+def test_what_it_asks_for_is_to_be_had_on_zerogpu(emoji: Path, tmp_path: Path, torch: str) -> None:
+    """As wheels for its Python, together with what the Space's build adds: Gradio with extras, and `spaces`."""
+    added = [f"gradio[oauth,mcp]=={head(emoji)['sdk_version']}", "spaces>=0.51", "uvicorn>=0.14.0", "websockets>=10.4"]
+    (tmp_path / "asked.txt").write_text("\n".join([f"torch=={torch}", *added, f"-r {emoji / 'requirements.txt'}"]))
+    command = [sys.executable, "-m", "uv", "pip", "compile", str(tmp_path / "asked.txt"), "--only-binary", ":all:",
+               "--python-version", PYTHON, "--python-platform", "x86_64-manylinux_2_28", "--no-annotate",
+               "--no-config", "--no-python-downloads"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {f"torch=={torch}", f"gradio=={head(emoji)['sdk_version']}"} < set(done.stdout.splitlines())
 
 
 def test_another_base_model_takes_no_weights_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
