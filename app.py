@@ -27,7 +27,19 @@ def load() -> Any:
         raise InputError(f"HYPERSD_OFFLOAD must be 1 or 0, got {offload[:40]!r}")
     if offload == "1" and device() == "cpu":
         logging.getLogger(__name__).warning("HYPERSD_OFFLOAD=1 changes nothing here: there is no GPU to make room on")
+    if NAME == "emoji" and ENGINE == "torch" and device() == "cpu":
+        leave_a_core()
     return Backbone.load(NAME, device=device(), dtype=None, engine=ENGINE, decoder=decoder, offload=offload == "1")
+
+
+def leave_a_core() -> None:
+    """Let torch have one core less than there are: the page needs one, often in a browser on the same machine. A
+    network this small gains little by the last core, and loses much where threads wait for one that had to give way.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - 1)))
 
 
 def device() -> str:

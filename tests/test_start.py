@@ -62,6 +62,33 @@ def test_a_quick_decoder_is_asked_for_by_the_environment(
     assert isinstance(app.load().decoder, AutoencoderTiny)
 
 
+def test_the_small_model_leaves_a_core_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(app, "device", lambda: "cpu")
+    monkeypatch.setattr(Backbone, "load", lambda *_, **__: torch.get_num_threads())
+
+    def used(threads: int, engine: str = "torch", name: str = "emoji") -> int:
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(app, "ENGINE", engine)
+        monkeypatch.setattr(app, "NAME", name)
+        return int(app.load())
+
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        assert used(2) == used(1) == 1
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        assert used(2) == 2, "torch counts cores, the system counts threads of cores"
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        assert used(1) == 1
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        assert used(2, engine="openvino") == used(2, name="sd15") == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert used(2) == 2, "who says how many gets them"
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_offload_lets_all_but_the_network_rest(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "device", lambda: "meta")  # a device that every machine has
     parts = ("unet", "text_encoder", "vae")
