@@ -82,6 +82,14 @@ def kernel_distance(drawn: Tensor, real: Tensor) -> Tensor:
     return total / (prompts - 1) - (prompts - 1) * without
 
 
+def alike(drawn: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with every feature centred and scaled as the real pictures have it, so that none outweighs the others only
+    by its unit; one that hardly varies among them is not blown up. [..., k] and [m, k], float64."""
+    mean, deviation = real.double().mean(0), real.double().std(0)
+    scale = deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-9)
+    return (drawn.double() - mean) / scale, (real.double() - mean) / scale
+
+
 def bandwidth(real: Tensor) -> float:
     """The median distance between two real pictures; 1 where all are equal."""
     distances = torch.pdist(real.double())

@@ -28,6 +28,10 @@ class Thumbnails:
         x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.1
         return F.normalize(F.adaptive_avg_pool2d(x, 4).flatten(1), dim=1)
 
+    def looks(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return torch.cat([F.adaptive_avg_pool2d(x, 4).flatten(1), x.std((2, 3))], 1)
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         rows = [np.frombuffer(hashlib.sha512(text.encode()).digest()[:WIDTH], np.uint8) for text in texts]
         return F.normalize(torch.from_numpy(np.stack(rows).astype(np.float32)) - 127.5, dim=1)

@@ -445,8 +445,10 @@ def evidence(prompts: int = 8, seeds: int = 2, **changes: Any) -> Evidence:
         ],
         "pixels": pixels,
         "features": features,
+        "looks": features,
         "texts": texts,
         "real": features[:, -1],
+        "real_looks": features[:, -1],
         "train": measures.Train(features[:, 0], 0.001),
         "teacher_pixels": pixels,
         "teacher_features": features,
@@ -464,7 +466,18 @@ def test_every_metric_is_one_value_a_prompt_or_a_reason(name: str) -> None:
     assert values.dtype == torch.float64
     reason = "nothing is there"
     gone: dict[str, Any] = dict.fromkeys(
-        ("features", "texts", "real", "train", "teacher_pixels", "teacher_features", "rewarded"), reason
+        (
+            "features",
+            "looks",
+            "texts",
+            "real",
+            "real_looks",
+            "train",
+            "teacher_pixels",
+            "teacher_features",
+            "rewarded",
+        ),
+        reason,
     )
     without = measured(METRICS[name], evidence(**gone))
     assert isinstance(without, torch.Tensor) if name in ("colour", "sharpness") else without == reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_text import TEXTS
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from hypersd.emoji import artwork, scorer, text
+from hypersd.evaluate import ladder
 from hypersd.train import Recipe, Run, Step
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 220), "yellow": (240, 220, 30)}
@@ -167,6 +169,33 @@ def test_any_size_of_picture_and_gradients_for_a_reward(exported: tuple[Path, sc
     made.pictures(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_looks_are_the_moments_of_every_stage(exported: tuple[Path, scorer.Scorer]) -> None:
+    _, made = exported
+    pictures = squares()[0][:3]
+    seen: list[torch.Tensor] = []
+    stages = [made.image.resnet.embedder, *made.image.resnet.encoder.stages]
+    hooks = [stage.register_forward_hook(lambda _m, _i, out: seen.append(out)) for stage in stages]
+    found = scorer.looks(made, pictures)
+    for hook in hooks:
+        hook.remove()
+    assert seen[0].shape[-1] == 32, "128 pixels, a quarter after the first stage: nothing was shrunk"
+    written = torch.cat([torch.cat([y.flatten(2).mean(2), y.flatten(2).std(2)], 1) for y in seen], 1)
+    assert found.shape == (3, 1024) and torch.allclose(found, written, atol=1e-5)
+
+
+@pytest.mark.skipif(not (scorer.ASSETS / "emoji-scorer-b").exists(), reason="the scorers are not trained yet")
+def test_looks_notice_blur_that_the_embedding_overlooks() -> None:
+    judge, pictures = scorer.load(scorer.ASSETS / "emoji-scorer-b"), squares()[0]
+    soft = ladder.blurred(torch.from_numpy(pictures)[:, None], 1.5)[:, 0].numpy()
+
+    def moved(features: Callable[[scorer.Scorer, np.ndarray], torch.Tensor]) -> float:
+        """How far blur moves a picture, in distances between two of them."""
+        before, after = features(judge, pictures), features(judge, soft)
+        return float((after - before).norm(dim=1).mean() / torch.pdist(before).mean())
+
+    assert moved(scorer.looks) > 2 * moved(scorer.embed_pictures)
 
 
 def test_missing_scorer_says_what_to_type(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_picture_scores_the_same_alone(load: Any, name: str) -> None:
 def test_each_is_a_metric_and_a_reward(load: Any, name: str) -> None:
     pixels = torch.randint(0, 256, (2, 2, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
     none = "not there"
-    evidence = Evidence([Prompt("given", p, p) for p in PROMPTS], pixels, none, none, none, none, none, none)
+    evidence = Evidence([Prompt("given", p, p) for p in PROMPTS], pixels, *[none] * 8)
     values = measured(METRICS[name], evidence)
     assert isinstance(values, Tensor) and values.shape == (2,)
     x = pixels[:, 0].permute(0, 3, 1, 2) / 127.5 - 1
@@ -241,7 +241,7 @@ def test_absent_weights_are_named_and_stop_nothing(tmp_path: Path, monkeypatch: 
     scores.load.cache_clear()
     with pytest.raises(InputError, match=r"yuvalkirstain/PickScore_v1 could not be fetched .* HYPERSD_SCORES"):
         scores.load("pick")
-    evidence = Evidence([], torch.zeros(0, 1, 8, 8, 3).byte(), "", "", "", "", "", "")
+    evidence = Evidence([], torch.zeros(0, 1, 8, 8, 3).byte(), *[""] * 8)
     assert "PickScore_v1" in str(measured(METRICS["pick"], evidence))
     with pytest.raises(InputError, match="choose from clip, aesthetic"):
         scores.load("fid")

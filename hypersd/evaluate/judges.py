@@ -24,11 +24,13 @@ ASSETS = artwork.MANIFEST.parent
 
 
 class Judge(Protocol):
-    """Pictures uint8 [n, h, w, 3] of any size, and texts, as unit vectors float32 [n, d] in one space."""
+    """Pictures uint8 [n, h, w, 3] of any size, and texts, as unit vectors float32 [n, d] in one space; and the looks of
+    pictures, float32 [n, k], in which blur and noise leave a mark as well."""
 
     @property
     def sha256(self) -> str: ...
     def pictures(self, pixels: Tensor) -> Tensor: ...
+    def looks(self, pixels: Tensor) -> Tensor: ...
     def texts(self, texts: Sequence[str]) -> Tensor: ...
 
 
@@ -42,6 +44,9 @@ class EmojiJudge:
 
     def pictures(self, pixels: Tensor) -> Tensor:
         return scorer.embed_pictures(self.scorer, pixels.numpy())
+
+    def looks(self, pixels: Tensor) -> Tensor:
+        return scorer.looks(self.scorer, pixels.numpy())
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         return scorer.embed_texts(self.scorer, texts)

@@ -38,8 +38,10 @@ HOLDS = 0.9  # Kendall's tau
 TEACHER_STEPS = (50, 8, 4, 1)
 BLURS = (0.0, 0.5, 1.0, 2.0)  # standard deviations, pixels of 128
 NOISES = (0.0, 10.0, 25.0, 60.0)  # standard deviations, grey levels
-HUES = (0.0, 45.0, 90.0, 180.0)  # degrees that all colours are turned by
-SHARES = (0.0, 0.25, 0.5, 1.0)  # of captions that belong to another picture, of second drawings, of copies
+# Degrees that colours are turned by. Only a share of the pictures is: turning all of them further is not known to be
+# worse, since yellow turned halfway is blue, which artwork is full of.
+HUE_TURNED = 90.0
+SHARES = (0.0, 0.25, 0.5, 1.0)  # of turned pictures, of captions of another picture, of second drawings, of copies
 KINDS = (1.0, 0.75, 0.5, 0.25)  # share of the prompts that is still drawn
 STEPS, BLUR, NOISE, HUE, CAPTIONS, KINDS_LEFT, COLLAPSE, COPIES = (
     "teacher's steps", "blur", "noise", "colours turned", "captions swapped", "kinds lost", "second drawings equal",
@@ -209,11 +211,12 @@ def series(wanted: Plan, folder: Path, backbone: Backbone, yard: Yardstick) -> d
         for steps in TEACHER_STEPS
     }
     best = teacher[TEACHER_STEPS[0]]
-    with_teacher = replace(base, teacher_pixels=best, teacher_features=scoring.look(yard.judge, best))
+    with_teacher = replace(base, teacher_pixels=best, teacher_features=scoring.look(yard.judge, best)[0])
 
     def rung(name: str, pixels: Tensor, ground: Evidence = base) -> Rung:
-        features, rewarded = scoring.look(yard.judge, pixels), scoring.look(yard.reward, pixels)
-        return Rung(name, replace(ground, pixels=pixels, features=features, rewarded=rewarded))
+        features, looks = scoring.look(yard.judge, pixels)
+        rewarded, _ = scoring.look(yard.reward, pixels)
+        return Rung(name, replace(ground, pixels=pixels, features=features, looks=looks, rewarded=rewarded))
 
     copies = yard.real.train()[torch.linspace(0, len(yard.real.train()) - 1, half).long()][:, None]
     return {
@@ -224,7 +227,7 @@ def series(wanted: Plan, folder: Path, backbone: Backbone, yard: Yardstick) -> d
         ],
         BLUR: [rung(f"{sigma:g} px", blurred(real, sigma)) for sigma in BLURS],
         NOISE: [rung(f"{sd:g} levels", noisy(real, sd)) for sd in NOISES],
-        HUE: [rung(f"{degrees:g} degrees", turned(real, degrees)) for degrees in HUES],
+        HUE: [rung(f"{share:.0%}", _mixed(real, turned(real, HUE_TURNED), share)) for share in SHARES],
         CAPTIONS: [Rung(f"{share:.0%}", _swapped(base, yard, share)) for share in SHARES],
         KINDS_LEFT: [rung(f"{share:.0%} left", real[_fewer(half, share)]) for share in KINDS],
         COLLAPSE: [rung(f"{share:.0%}", _collapsed(best, share)) for share in SHARES],
@@ -237,16 +240,20 @@ def _ground(
 ) -> Evidence:
     prompts = [wanted.prompts[i] for i in judged]
     pixels = real.of([prompt.picture for prompt in prompts])[:, None]
+    features, looks = scoring.look(judge, pixels)
+    others, their_looks = scoring.real_of(yard, [wanted.prompts[i] for i in yardstick])
     return Evidence(
         prompts=prompts,
         pixels=pixels,
-        features=scoring.look(judge, pixels),
+        features=features,
+        looks=looks,
         texts=scoring.texts_of(judge, prompts),
-        real=judge.pictures(real.of([wanted.prompts[i].picture for i in yardstick])),
+        real=others,
+        real_looks=their_looks,
         train=yard.train,
         teacher_pixels="not drawn from any noise",
         teacher_features="not drawn from any noise",
-        rewarded=scoring.look(yard.reward, pixels),
+        rewarded=scoring.look(yard.reward, pixels)[0],
         reward_texts=scoring.texts_of(yard.reward, prompts),
     )
 

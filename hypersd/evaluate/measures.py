@@ -56,7 +56,9 @@ class Evidence:
     pixels: Tensor
     features: Tensor | str  # [prompts, seeds, d]
     texts: Texts | str
+    looks: Tensor | str  # [prompts, seeds, k]
     real: Tensor | str  # [prompts, d]
+    real_looks: Tensor | str  # [prompts, k]
     train: Train | str
     teacher_pixels: Tensor | str
     teacher_features: Tensor | str
@@ -172,7 +174,8 @@ METRICS: dict[str, Metric] = {
         Metric("r_precision", "R-precision@1, %", 1, lambda e: _r_precision(get(e.features), get(e.texts)),
                primary=True, scale=100, digits=1),
         Metric("kernel_distance", "kernel distance × 1000", -1,
-               lambda e: quality.kernel_distance(get(e.features), get(e.real)), primary=True, scale=1000, digits=1),
+               lambda e: quality.kernel_distance(*quality.alike(get(e.looks), get(e.real_looks))),
+               primary=True, scale=1000, digits=1),
         Metric("teacher_feature", "feature distance to teacher", -1,
                lambda e: quality.feature_distance(get(e.features), get(e.teacher_features)).mean(1), primary=True),
         Metric("diversity", "diversity", 1, lambda e: quality.diversity(get(e.features)), primary=True),

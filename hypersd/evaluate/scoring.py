@@ -88,7 +88,8 @@ def score(plan: Plan, folder: Path, base_sha256: str, yard: Yardstick, metrics: 
     for arm in tqdm([plan.reference, *(arm for arm in plan.arms if arm != plan.reference)], desc="measure", unit="arm"):
         drawn = gallery.read(plan, folder, arm, base_sha256)
         scores.nfe[arm], scores.seconds[arm], scores.adapters[arm] = drawn.nfe, drawn.seconds, drawn.adapter_sha256
-        features, rewarded = look(yard.judge, drawn.pixels), look(yard.reward, drawn.pixels)
+        features, looks = look(yard.judge, drawn.pixels)
+        rewarded, _ = look(yard.reward, drawn.pixels)
         teacher = teacher or (drawn.pixels, features)
         for name, numbers in plan.sets.items():
             evidence = Evidence(
@@ -96,7 +97,9 @@ def score(plan: Plan, folder: Path, base_sha256: str, yard: Yardstick, metrics: 
                 pixels=drawn.pixels[numbers],
                 features=_rows(features, numbers),
                 texts=texts[name],
-                real=real[name],
+                looks=_rows(looks, numbers),
+                real=real[name][0],
+                real_looks=real[name][1],
                 train=yard.train,
                 teacher_pixels=teacher[0][numbers],
                 teacher_features=_rows(teacher[1], numbers),
@@ -108,9 +111,12 @@ def score(plan: Plan, folder: Path, base_sha256: str, yard: Yardstick, metrics: 
     return scores
 
 
-def look(judge: Judge | str, pixels: Tensor) -> Tensor | str:
-    """uint8 [prompts, seeds, h, w, 3] -> features [prompts, seeds, d]."""
-    return judge if isinstance(judge, str) else judge.pictures(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+def look(judge: Judge | str, pixels: Tensor) -> tuple[Tensor | str, Tensor | str]:
+    """uint8 [prompts, seeds, h, w, 3] -> features [prompts, seeds, d], and looks [prompts, seeds, k]."""
+    if isinstance(judge, str):
+        return judge, judge
+    flat = pixels.flatten(0, 1)
+    return judge.pictures(flat).unflatten(0, pixels.shape[:2]), judge.looks(flat).unflatten(0, pixels.shape[:2])
 
 
 def texts_of(judge: Judge | str, prompts: Sequence[Prompt]) -> Texts | str:
@@ -122,13 +128,15 @@ def texts_of(judge: Judge | str, prompts: Sequence[Prompt]) -> Texts | str:
     return Texts(asked, own, judge.texts(pool))
 
 
-def real_of(yard: Yardstick, prompts: Sequence[Prompt]) -> Tensor | str:
-    """Features [prompts, d] of the real picture of each prompt."""
+def real_of(yard: Yardstick, prompts: Sequence[Prompt]) -> tuple[Tensor | str, Tensor | str]:
+    """Features [prompts, d] and looks [prompts, k] of the real picture of each prompt."""
     if not all(prompt.picture for prompt in prompts):
-        return NO_REAL
+        return NO_REAL, NO_REAL
     if isinstance(yard.real, str) or isinstance(yard.judge, str):
-        return yard.real if isinstance(yard.real, str) else str(yard.judge)
-    return yard.judge.pictures(yard.real.of([prompt.picture for prompt in prompts]))
+        reason = yard.real if isinstance(yard.real, str) else str(yard.judge)
+        return reason, reason
+    pictures = yard.real.of([prompt.picture for prompt in prompts])
+    return yard.judge.pictures(pictures), yard.judge.looks(pictures)
 
 
 def _rows(features: Tensor | str, numbers: Sequence[int]) -> Tensor | str:
