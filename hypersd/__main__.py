@@ -256,6 +256,8 @@ def evaluate_command(given: argparse.Namespace) -> None:
 
             if given.ablation:
                 publish(out, given.backbone, "report.json", prefix="ablation-")
+            elif given.rivals:
+                publish(out, given.backbone, "report.json", prefix="rivals-")
             else:
                 publish(out, given.backbone, "report.json", "quality.png")
 

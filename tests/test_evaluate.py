@@ -23,7 +23,7 @@ import torch
 from judged import Thumbnails, make_artwork
 from test_shared import launcher
 
-from hypersd import evaluate, quality
+from hypersd import evaluate, intervals, quality
 from hypersd.__main__ import COMMANDS, _parts, main
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
@@ -326,7 +326,7 @@ def test_differences_are_paired_and_corrected(content: dict[str, Any]) -> None:
     rows = content["comparisons"]
     assert {row["metric"] for row in rows} == {"r_precision", "kernel_distance", "diversity"}  # the teacher: to itself
     assert {row["against"] for row in rows} == {"base-3"}
-    assert len(rows) == 9
+    assert len(rows) == 9 and not any(row["asked"] for row in rows)
     assert all(row["p_holm"] >= row["p"] for row in rows)
     shown = {(r["method"], r["steps"]): r["figures"] for r in content["results"] if r["set"] == "all"}
     row = next(row for row in rows if (row["metric"], row["arm"]) == ("diversity", "second-1"))
@@ -409,6 +409,37 @@ def test_rivals_are_arms_that_are_drawn() -> None:
     }.items():
         with pytest.raises(InputError, match=re.escape(sentence)):
             small(rivals=wrong)
+
+
+def test_rivals_are_corrected_among_themselves_and_shown_as_a_table() -> None:
+    made = small(sets="seen", limit=30, rivals="base@1:base@2,second@1:base@1")
+    scores = scoring.Scores(made.prompts)
+    chance = np.random.default_rng(0)
+    for metric in ("r_precision", "diversity", "sharpness"):
+        scores.values[metric] = {arm: chance.normal(arm.steps, 1.0, len(made.prompts)) for arm in made.arms}
+    scores.nfe = dict.fromkeys(made.arms, 1)
+    metrics = [METRICS[name] for name in ("r_precision", "diversity", "sharpness")]
+    content = report.summary(made, {}, scores, metrics)
+    rows = content["comparisons"]
+    asked = [row for row in rows if row["asked"]]
+    assert {(row["metric"], row["arm"], row["against"]) for row in asked} == {
+        (metric, *pair)
+        for metric in ("r_precision", "diversity")
+        for pair in (("base-1", "base-2"), ("second-1", "base-1"))
+    }
+    others = [row for row in rows if not row["asked"]]
+    assert {row["metric"] for row in others} == {"r_precision", "diversity", "sharpness"}
+    for family in (asked, others):
+        assert [row["p_holm"] for row in family] == pytest.approx(
+            intervals.holm([row["p"] for row in family]), abs=1e-5
+        )
+    table = report.rivals(content).splitlines()
+    assert table[0] == "| method − against | R-precision@1, % ↑ | diversity ↑ |"
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| base-1 − base-2", "| second-1 − base-1"]
+    first = next(row for row in asked if row["arm"] == "base-1" and row["metric"] == "diversity")
+    assert f"{first['value']:.3f} [{first['low']:.3f}, {first['high']:.3f}], p " in table[2]
+    page = "\n".join(report._differences(content))
+    assert f"For {len(asked)} comparisons." in page and f"p corrected for {len(others)} comparisons." in page
 
 
 def test_what_fails_on_the_ladder_is_dropped_with_its_figure(

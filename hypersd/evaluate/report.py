@@ -66,18 +66,26 @@ def _results(plan: Plan, scores: Scores, metrics: Sequence[Metric]) -> Iterator[
 
 def _comparisons(plan: Plan, scores: Scores, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     """Each arm beside the teacher, and beside the baseline at equal steps, by primary metrics; the plan's rivals beside
-    each other by all that have a value a prompt. Holm over all of them."""
-    drawn, found = intervals.draws(len(plan.prompts)), []
+    each other by all that have a value a prompt.
+
+    Rivals by primary metrics were `asked` before anything was drawn, so Holm corrects them among themselves; the others
+    are looked through for whatever they show, and are corrected over all of them.
+    """
+    drawn = intervals.draws(len(plan.prompts))
+    found: list[dict[str, Any]] = []
     for metric in metrics:
         values = scores.values.get(metric.name, {})
         for arm, against in dict.fromkeys((*plan.rivals, *(_pairs(plan) if metric.primary else ()))):
             if metric.name.startswith("teacher_") and against == plan.reference:
                 continue  # the teacher's distance to itself
             if arm in values and against in values:
-                apart = intervals.difference(values[arm], values[against], drawn)
-                found.append({"metric": metric.name, "arm": str(arm), "against": str(against), **apart._asdict()})
-    adjusted = intervals.holm([row["p"] for row in found])
-    return [_plain({**row, "p_holm": p}) for row, p in zip(found, adjusted, strict=True)]
+                asked = metric.primary and (arm, against) in plan.rivals
+                names = {"metric": metric.name, "arm": str(arm), "against": str(against), "asked": asked}
+                found.append({**names, **intervals.difference(values[arm], values[against], drawn)._asdict()})
+    for family in ([row for row in found if row["asked"]], [row for row in found if not row["asked"]]):
+        for row, p in zip(family, intervals.holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p
+    return [_plain(row) for row in found]
 
 
 def _pairs(plan: Plan) -> Iterator[tuple[Arm, Arm]]:
@@ -182,11 +190,33 @@ def _differences(content: Mapping[str, Any]) -> list[str]:
         return []
     lines = [_line(["metric", "method", "against", "difference", "p, Holm"]), _line(["---"] * 5)]
     for row in content["comparisons"]:
-        about, p = content["metrics"][row["metric"]], row["p_holm"]
-        told = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-        lines.append(_line([_marked(about), row["arm"], row["against"], _cell(about, row, True), told]))
-    count = len(content["comparisons"])
-    return ["## Differences", f"Over all prompts, paired, p corrected for {count} comparisons.", "\n".join(lines)]
+        if not row["asked"]:
+            about = content["metrics"][row["metric"]]
+            lines.append(_line([_marked(about), row["arm"], row["against"], _cell(about, row, True), _chance(row)]))
+    told = f"Over all prompts, paired, p corrected for {len(lines) - 2} comparisons."
+    asked = sum(row["asked"] for row in content["comparisons"])
+    first = [f"### Asked for\n\nFor {asked} comparisons.", rivals(content), "### All others"] * bool(asked)
+    return ["## Differences", *first, told, "\n".join(lines)]
+
+
+def rivals(content: Mapping[str, Any]) -> str:
+    """The arms that were to be compared with each other, a pair a line, by primary metrics."""
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for row in content["comparisons"]:
+        if row["asked"]:
+            shown = f"{_cell(content['metrics'][row['metric']], row, True)}, p {_chance(row)}"
+            pairs.setdefault((row["arm"], row["against"]), {})[row["metric"]] = shown
+    names = [name for name, about in content["metrics"].items() if about["primary"]]
+    heads = ["method − against", *(_head(content["metrics"][name]) for name in names)]
+    lines = [_line([f"{arm} − {against}", *(found.get(name, "–") for name in names)])
+             for (arm, against), found in pairs.items()]  # fmt: skip
+    return "\n".join([_line(heads), _line(["---"] * len(heads)), *lines])
+
+
+def _chance(row: Mapping[str, Any]) -> str:
+    """The corrected probability of such a difference by chance."""
+    p = row["p_holm"]
+    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _paper(content: Mapping[str, Any]) -> list[str]:
