@@ -120,7 +120,7 @@ def test_figures_of_the_model_are_those_that_were_measured() -> None:
     assert measure.COMMAND in README
 
 
-@pytest.mark.parametrize("name", ["bench.json", "report.json", "ablation-report.json"])
+@pytest.mark.parametrize("name", ["bench.json", "report.json", "ablation-report.json", "rivals-report.json"])
 def test_what_was_measured_is_the_model_that_is_here(name: str) -> None:
     content = json.loads((ROOT / "assets/measured" / name).read_text(encoding="utf-8"))
     told = content if name == "bench.json" else content["plan"]
@@ -137,6 +137,14 @@ def test_figures_of_the_ablation_are_those_that_were_published() -> None:
         for steps in (1, 2, 4, 8):
             stem = f"tscd-{steps}" if method == "tscd" else method
             assert content["adapters"][f"{method}-{steps}"] == known[stem]
+
+
+def test_differences_that_were_asked_for_are_those_that_were_published() -> None:
+    content = json.loads((ROOT / "assets/measured/rivals-report.json").read_text(encoding="utf-8"))
+    shown = re.search(r"<!-- rivals -->\n(.*?)<!-- /rivals -->", README, flags=re.DOTALL)
+    assert shown is not None and shown[1].strip() == report.rivals(content)
+    assert content["plan"]["prompts"] == 240 and content["plan"]["seeds"] == 4, "as the README says"
+    assert set(content["adapters"].values()) <= {file.sha256 for file in found(ROOT / "assets/emoji-lora")}
 
 
 def test_presets_are_those_that_are_trained_with() -> None:
