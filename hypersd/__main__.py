@@ -39,7 +39,7 @@ def holding(given: argparse.Namespace) -> dict[str, Any]:
     """The same as arguments of `Backbone.load`."""
     from hypersd.backbone import best_device
 
-    if given.offload and best_device() == "cpu":
+    if given.offload and (best_device() == "cpu" or vars(given).get("engine", "torch") != "torch"):
         print("note: --offload changes nothing here: there is no GPU to make room on", file=sys.stderr)
     return {key: vars(given)[key] for key in ("engine", "decoder", "offload") if key in given}
 
@@ -225,6 +225,8 @@ def evaluate_command(given: argparse.Namespace) -> None:
     from hypersd import evaluate
     from hypersd.evaluate import ladder, plan
 
+    if given.publish and (given.decoder or given.offload):
+        raise InputError("what is published is drawn as the app does by itself; leave --decoder and --offload out")
     if given.guidance is not None and (given.ladder or given.publish):
         raise InputError("what is published, and the ladder, are of the teacher as it is drawn; leave --guidance out")
     kind = "-ladder" if given.ladder else "-ablation" if given.ablation else "-quick" if given.quick else ""
@@ -319,6 +321,8 @@ def bench_command(given: argparse.Namespace) -> None:
 
         print(throughput.table(throughput.run(given.backbone, given.rounds)))
         return
+    if given.publish and (given.decoder or given.offload):
+        raise InputError("what is published is drawn as the app does by itself; leave --decoder and --offload out")
     content = bench.run(given.backbone, given.rounds, votes=_votes_per_second, **holding(given))
     bench.write(Path(given.out), content)
     if given.publish:

@@ -74,6 +74,8 @@ def run(
     speed, memory = gigaflops(), gpu_memory(backbone)
     work, rows = _work(backbone)
     taken = in_turn(work, rounds)
+    if backbone.device.type == "cuda":
+        rows += _held_otherwise(backbone, rounds, taken)
     return {
         "machine": {**machine(), "gigaflops": [speed, gigaflops()]},
         "backbone": backbone.name,
@@ -88,7 +90,7 @@ def run(
         "offload": _resting(backbone),
         "gpu_memory_gb": memory,
         "peak_memory_gb": _peak_bytes() / 1e9,
-        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
+        "peak_gpu_memory_gb": max(memory.values()) if memory else None,
     }
 
 
@@ -170,23 +172,39 @@ def _beside_stock(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> 
 
 
 def _on_gpu(backbone: Backbone, work: dict[str, Callable[[int], Any]]) -> list[Row]:
-    """What only a GPU makes a question of: several calls as one, and the model held in other ways, where it fits."""
+    """What only a GPU makes a question of: several calls as one."""
     x, states = backbone.noise(SEED)[0].repeat(TOGETHER, 1, 1, 1), backbone.embed([PROMPT] * TOGETHER)
     work[f"network call of {TOGETHER}"] = _call(backbone, x, states)
-    rows = [Row("batch", f"{TOGETHER} network calls / one of {TOGETHER}", ["network call"] * TOGETHER,
+    return [Row("batch", f"{TOGETHER} network calls / one of {TOGETHER}", ["network call"] * TOGETHER,
                 [f"network call of {TOGETHER}"], "more")]  # fmt: skip
-    ways: dict[str, tuple[str, dict[str, Any]]] = {"in float32": ("more", {"dtype": torch.float32})}
-    if not _resting(backbone):
-        ways["with encoders and decoder in main memory"] = "1", {"dtype": backbone.dtype, "offload": True}
-    for way, (good, holding) in ways.items():
+
+
+def _held_otherwise(backbone: Backbone, rounds: int, taken: dict[str, list[float]]) -> list[Row]:
+    """The model in other precision or places beside itself, one way after the other: no more than two are in the GPU's
+    memory, and nothing else is timed meanwhile. A way that has no room is left out."""
+    offload, rows = _resting(backbone), []
+    ways = [("float32", "in float32", "more", torch.float32, offload)]
+    if not offload:
+        ways.append(("offload", "with encoders and decoder in main memory", "1", backbone.dtype, True))
+    for name, way, good, dtype, rests in ways:
+        over, under = f"{_new(4)}, {way}", f"{_new(4)}, beside {name}"
         try:
-            other = Backbone.load(_same(backbone), device=str(backbone.device), decoder=backbone.quick, **holding)
-        except InputError as problem:  # too large
+            taken[over], taken[under] = _beside(backbone, rounds, dtype, rests)
+        except InputError as problem:
             log.warning("no row %s: %s", way, problem)
-            continue
-        work[f"{_new(4)}, {way}"] = _picture(other, find("base"), 4, new=True)
-        rows.append(Row(way.split()[-1], f"4 steps {way} / as it is drawn", [f"{_new(4)}, {way}"], [_new(4)], good))
+        else:
+            rows.append(Row(name, f"4 steps {way} / as it is drawn", [over], [under], good))
     return rows
+
+
+def _beside(backbone: Backbone, rounds: int, dtype: torch.dtype, offload: bool) -> tuple[list[float], list[float]]:
+    """Seconds of a drawing by the model held otherwise, and as it is in between. InputError where there is no room."""
+    other = Backbone.load(
+        _same(backbone), device=str(backbone.device), dtype=dtype, decoder=backbone.quick, offload=offload
+    )
+    held = {"otherwise": other, "as it is": backbone}
+    timed = in_turn({name: _picture(one, find("base"), 4, new=True) for name, one in held.items()}, rounds)
+    return timed["otherwise"], timed["as it is"]
 
 
 def gpu_memory(backbone: Backbone) -> dict[str, float] | None:

@@ -469,7 +469,7 @@ def cell(request: Request, row: MethodRow) -> Cell:
 
 
 async def stream(
-    cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.4
+    cells: Sequence[Cell], draw: Draw, *, trail: bool = False, beat: float = 0.2
 ) -> AsyncGenerator[list[News], None]:
     """Draw the cells in order and tell the news, gathered for `beat` seconds; an empty list after a quiet second.
 

@@ -398,6 +398,18 @@ def test_students_are_held_to_the_teacher_at_the_guidance_that_taught_them(
     assert capsys.readouterr().err.count("are of the teacher as it is drawn; leave --guidance out") == 2
 
 
+@pytest.mark.parametrize("damaged", ["", "[]", "3", "null", '"text"'])
+def test_a_damaged_plan_is_a_sentence(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / plan.PLAN).write_text(damaged, encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape("plan.json cannot be read); choose a new folder with --out")):
+        plan.claim(tmp_path, {"backbone": "emoji"})
+
+
+def test_what_is_published_is_drawn_as_the_app_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--publish", "--offload"]) == main(["bench", "--publish", "--decoder", "quick"]) == 2
+    assert capsys.readouterr().err.count("leave --decoder and --offload out") == 2
+
+
 def test_rivals_are_arms_that_are_drawn() -> None:
     made = small(rivals="second@1:base@2, base@1:base@3,")
     assert made.rivals == ((Arm("second", 1), Arm("base", 2)), (Arm("base", 1), Arm("base", 3)))
@@ -439,7 +451,9 @@ def test_rivals_are_corrected_among_themselves_and_shown_as_a_table() -> None:
     first = next(row for row in asked if row["arm"] == "base-1" and row["metric"] == "diversity")
     assert f"{first['value']:.3f} [{first['low']:.3f}, {first['high']:.3f}], p " in table[2]
     page = "\n".join(report._differences(content))
-    assert f"For {len(asked)} comparisons." in page and f"p corrected for {len(others)} comparisons." in page
+    assert f"corrected for {len(asked)} comparisons." in page and f"corrected for {len(others)} comparisons." in page
+    page = "\n".join(report._differences({**content, "comparisons": asked}))
+    assert report.rivals(content) in page and "All others" not in page
 
 
 def test_what_fails_on_the_ladder_is_dropped_with_its_figure(

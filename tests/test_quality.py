@@ -129,21 +129,21 @@ def test_kernel_distance_of_a_real_picture_of_each_prompt_is_not_pulled_down() -
     assert abs(float(values.mean())) < 0.01
 
 
-def test_alike_features_count_by_how_they_vary_among_real_pictures() -> None:
+def test_standardised_features_count_by_how_they_vary_among_real_pictures() -> None:
     drawn, real = cloud(40, 3)[:, None], cloud(50, 3, 1)
     units = torch.tensor([1.0, 5.0, 0.3]).double()
-    plain, scaled = quality.alike(drawn, real), quality.alike(drawn * units + 7, real * units + 7)
+    plain, scaled = quality.standardised(drawn, real), quality.standardised(drawn * units + 7, real * units + 7)
     assert torch.allclose(plain[0], scaled[0]) and torch.allclose(plain[1], scaled[1])
     assert torch.allclose(plain[1].mean(0), torch.zeros(3).double(), atol=1e-12)
-    assert torch.allclose(plain[1].std(0), torch.ones(3).double())
+    assert torch.allclose(plain[1].std(0, correction=0), torch.ones(3).double())
 
 
-def test_alike_does_not_blow_up_what_hardly_varies() -> None:
+def test_standardising_does_not_blow_up_what_hardly_varies() -> None:
     real = cloud(50, 3)
     real[:, 2] = 1e-9 * real[:, 2]
-    drawn, _ = quality.alike(real[:, None] + 0.01, real)
+    drawn, _ = quality.standardised(real[:, None] + 0.01, real)
     assert float(drawn[..., 2].abs().max()) < 1  # though a hundredth is ten million of its deviations
-    still, _ = quality.alike(torch.zeros(3, 1, 2), torch.zeros(3, 2))
+    still, _ = quality.standardised(torch.zeros(3, 1, 2), torch.zeros(3, 2))
     assert torch.equal(still, torch.zeros(3, 1, 2).double())
 
 

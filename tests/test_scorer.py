@@ -181,8 +181,11 @@ def test_looks_are_the_moments_of_every_stage(exported: tuple[Path, scorer.Score
     for hook in hooks:
         hook.remove()
     assert seen[0].shape[-1] == 32, "128 pixels, a quarter after the first stage: nothing was shrunk"
-    written = torch.cat([torch.cat([y.flatten(2).mean(2), y.flatten(2).std(2)], 1) for y in seen], 1)
+    written = torch.cat([torch.cat([y.flatten(2).mean(2), y.flatten(2).std(2, correction=0)], 1) for y in seen], 1)
     assert found.shape == (3, 1024) and torch.allclose(found, written, atol=1e-5)
+    large = pictures.repeat(4, 1).repeat(4, 2)
+    assert torch.allclose(scorer.looks(made, large), found, atol=1e-5), "larger pictures are brought to the same size"
+    assert scorer.looks(made, pictures[:, ::8, ::8]).isfinite().all(), "stages of one pixel do not vary"
 
 
 @pytest.mark.skipif(not (scorer.ASSETS / "emoji-scorer-b").exists(), reason="the scorers are not trained yet")

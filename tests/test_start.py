@@ -75,13 +75,13 @@ def test_the_small_model_leaves_a_core_to_the_page(monkeypatch: pytest.MonkeyPat
 
     try:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(app, "cores", lambda: 2)
         assert used(2) == used(1) == 1
-        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.setattr(app, "cores", lambda: 8)
         assert used(2) == 2, "torch counts cores, the system counts threads of cores"
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        monkeypatch.setattr(app, "cores", lambda: 1)
         assert used(1) == 1
-        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(app, "cores", lambda: 2)
         assert used(2, engine="openvino") == used(2, name="sd15") == 2
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert used(2) == 2, "who says how many gets them"

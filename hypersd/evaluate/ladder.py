@@ -211,11 +211,11 @@ def series(wanted: Plan, folder: Path, backbone: Backbone, yard: Yardstick) -> d
         for steps in TEACHER_STEPS
     }
     best = teacher[TEACHER_STEPS[0]]
-    with_teacher = replace(base, teacher_pixels=best, teacher_features=scoring.look(yard.judge, best)[0])
+    with_teacher = replace(base, teacher_pixels=best, teacher_features=scoring.look(yard.judge, best))
 
     def rung(name: str, pixels: Tensor, ground: Evidence = base) -> Rung:
-        features, looks = scoring.look(yard.judge, pixels)
-        rewarded, _ = scoring.look(yard.reward, pixels)
+        features, rewarded = scoring.look(yard.judge, pixels), scoring.look(yard.reward, pixels)
+        looks = scoring.looks_of(yard.judge, pixels)
         return Rung(name, replace(ground, pixels=pixels, features=features, looks=looks, rewarded=rewarded))
 
     copies = yard.real.train()[torch.linspace(0, len(yard.real.train()) - 1, half).long()][:, None]
@@ -240,20 +240,19 @@ def _ground(
 ) -> Evidence:
     prompts = [wanted.prompts[i] for i in judged]
     pixels = real.of([prompt.picture for prompt in prompts])[:, None]
-    features, looks = scoring.look(judge, pixels)
     others, their_looks = scoring.real_of(yard, [wanted.prompts[i] for i in yardstick])
     return Evidence(
         prompts=prompts,
         pixels=pixels,
-        features=features,
-        looks=looks,
+        features=scoring.look(judge, pixels),
+        looks=scoring.looks_of(judge, pixels),
         texts=scoring.texts_of(judge, prompts),
         real=others,
         real_looks=their_looks,
         train=yard.train,
         teacher_pixels="not drawn from any noise",
         teacher_features="not drawn from any noise",
-        rewarded=scoring.look(yard.reward, pixels)[0],
+        rewarded=scoring.look(yard.reward, pixels),
         reward_texts=scoring.texts_of(yard.reward, prompts),
     )
 

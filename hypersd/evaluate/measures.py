@@ -1,7 +1,8 @@
 """METRICS, the table of measures: one row each, from everything that is known of an arm to one value a prompt.
 
-Pre-registered as primary: R-precision, kernel distance, distance to the teacher, diversity. Their differences are
-tested; all others are shown with intervals only.
+Primary, named before anything was measured: R-precision, kernel distance, distance to the teacher, diversity. Their
+differences are tested; the others' are only where `--rivals` asks for two arms. Kernel distance was defined anew, by
+what the judge's stages see, after the one by its embedding had failed on the ladder.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ METRICS: dict[str, Metric] = {
         Metric("r_precision", "R-precision@1, %", 1, lambda e: _r_precision(get(e.features), get(e.texts)),
                primary=True, scale=100, digits=1),
         Metric("kernel_distance", "kernel distance × 1000", -1,
-               lambda e: quality.kernel_distance(*quality.alike(get(e.looks), get(e.real_looks))),
+               lambda e: quality.kernel_distance(*quality.standardised(get(e.looks), get(e.real_looks))),
                primary=True, scale=1000, digits=1),
         Metric("teacher_feature", "feature distance to teacher", -1,
                lambda e: quality.feature_distance(get(e.features), get(e.teacher_features)).mean(1), primary=True),

@@ -281,6 +281,6 @@ def _differences(found: str, record: Mapping[str, Any]) -> str:
     try:
         old = json.loads(found)
         changed = [key for key in {**record, **old} if old.get(key) != json.loads(json.dumps(record.get(key)))]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return f"{PLAN} cannot be read"
     return f"it differs in {', '.join(changed)}" if changed else f"{PLAN} was written by another version"

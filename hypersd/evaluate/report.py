@@ -68,8 +68,8 @@ def _comparisons(plan: Plan, scores: Scores, metrics: Sequence[Metric]) -> list[
     """Each arm beside the teacher, and beside the baseline at equal steps, by primary metrics; the plan's rivals beside
     each other by all that have a value a prompt.
 
-    Rivals by primary metrics were `asked` before anything was drawn, so Holm corrects them among themselves; the others
-    are looked through for whatever they show, and are corrected over all of them.
+    Rivals by primary metrics are `asked` for, few and by name, so Holm corrects them among themselves; the others are
+    looked through for whatever they show, and are corrected over all of them.
     """
     drawn = intervals.draws(len(plan.prompts))
     found: list[dict[str, Any]] = []
@@ -190,20 +190,21 @@ def _differences(content: Mapping[str, Any]) -> list[str]:
         return []
     lines = [_line(["metric", "method", "against", "difference", "p, Holm"]), _line(["---"] * 5)]
     for row in content["comparisons"]:
-        if not row["asked"]:
+        if not row.get("asked"):
             about = content["metrics"][row["metric"]]
             lines.append(_line([_marked(about), row["arm"], row["against"], _cell(about, row, True), _chance(row)]))
-    told = f"Over all prompts, paired, p corrected for {len(lines) - 2} comparisons."
-    asked = sum(row["asked"] for row in content["comparisons"])
-    first = [f"### Asked for\n\nFor {asked} comparisons.", rivals(content), "### All others"] * bool(asked)
-    return ["## Differences", *first, told, "\n".join(lines)]
+    told = "Over all prompts, paired, p corrected for {} comparisons."
+    asked = sum(row.get("asked", False) for row in content["comparisons"])
+    first = ["### Asked for", told.format(asked), rivals(content)] * bool(asked)
+    others = ["### All others"] * bool(asked) + [told.format(len(lines) - 2), "\n".join(lines)]
+    return ["## Differences", *first, *others * (len(lines) > 2)]
 
 
 def rivals(content: Mapping[str, Any]) -> str:
     """The arms that were to be compared with each other, a pair a line, by primary metrics."""
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for row in content["comparisons"]:
-        if row["asked"]:
+        if row.get("asked"):
             shown = f"{_cell(content['metrics'][row['metric']], row, True)}, p {_chance(row)}"
             pairs.setdefault((row["arm"], row["against"]), {})[row["metric"]] = shown
     names = [name for name, about in content["metrics"].items() if about["primary"]]

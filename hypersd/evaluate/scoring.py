@@ -88,8 +88,8 @@ def score(plan: Plan, folder: Path, base_sha256: str, yard: Yardstick, metrics: 
     for arm in tqdm([plan.reference, *(arm for arm in plan.arms if arm != plan.reference)], desc="measure", unit="arm"):
         drawn = gallery.read(plan, folder, arm, base_sha256)
         scores.nfe[arm], scores.seconds[arm], scores.adapters[arm] = drawn.nfe, drawn.seconds, drawn.adapter_sha256
-        features, looks = look(yard.judge, drawn.pixels)
-        rewarded, _ = look(yard.reward, drawn.pixels)
+        features, rewarded = look(yard.judge, drawn.pixels), look(yard.reward, drawn.pixels)
+        looks = looks_of(yard.judge, drawn.pixels) if METRICS["kernel_distance"] in metrics else "not looked at"
         teacher = teacher or (drawn.pixels, features)
         for name, numbers in plan.sets.items():
             evidence = Evidence(
@@ -111,12 +111,14 @@ def score(plan: Plan, folder: Path, base_sha256: str, yard: Yardstick, metrics: 
     return scores
 
 
-def look(judge: Judge | str, pixels: Tensor) -> tuple[Tensor | str, Tensor | str]:
-    """uint8 [prompts, seeds, h, w, 3] -> features [prompts, seeds, d], and looks [prompts, seeds, k]."""
-    if isinstance(judge, str):
-        return judge, judge
-    flat = pixels.flatten(0, 1)
-    return judge.pictures(flat).unflatten(0, pixels.shape[:2]), judge.looks(flat).unflatten(0, pixels.shape[:2])
+def look(judge: Judge | str, pixels: Tensor) -> Tensor | str:
+    """uint8 [prompts, seeds, h, w, 3] -> features [prompts, seeds, d]."""
+    return judge if isinstance(judge, str) else judge.pictures(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+
+
+def looks_of(judge: Judge | str, pixels: Tensor) -> Tensor | str:
+    """uint8 [prompts, seeds, h, w, 3] -> looks [prompts, seeds, k]."""
+    return judge if isinstance(judge, str) else judge.looks(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
 
 
 def texts_of(judge: Judge | str, prompts: Sequence[Prompt]) -> Texts | str:
