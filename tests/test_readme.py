@@ -15,7 +15,7 @@ from listing import ROOT, files
 from hypersd.__main__ import COMMANDS, main
 from hypersd.adapters import found
 from hypersd.emoji import measure
-from hypersd.evaluate import report
+from hypersd.evaluate import ladder, report
 from hypersd.folders import weights_sha256
 from hypersd.methods import METHODS
 
@@ -137,6 +137,14 @@ def test_figures_of_the_ablation_are_those_that_were_published() -> None:
         for steps in (1, 2, 4, 8):
             stem = f"tscd-{steps}" if method == "tscd" else method
             assert content["adapters"][f"{method}-{steps}"] == known[stem]
+
+
+@pytest.mark.parametrize("name", ["report.json", "ablation-report.json", "rivals-report.json"])
+def test_nothing_is_published_that_failed_on_the_ladder(name: str) -> None:
+    content = json.loads((ROOT / "assets/measured" / name).read_text(encoding="utf-8"))
+    failed, _ = ladder.verdict(content["plan"]["judges"]["measure"])
+    assert failed and content["ladder"]["dropped"] == failed
+    assert not failed.keys() & content["metrics"].keys()
 
 
 def test_differences_that_were_asked_for_are_those_that_were_published() -> None:
