@@ -90,7 +90,6 @@ def run(
         "offload": _resting(backbone),
         "gpu_memory_gb": memory,
         "peak_memory_gb": _peak_bytes() / 1e9,
-        "peak_gpu_memory_gb": max(memory.values()) if memory else None,
     }
 
 
@@ -431,8 +430,8 @@ def table(content: Mapping[str, Any]) -> str:
     if content.get("votes_per_second"):
         lines.append(f"{'votes that the study takes':<48} {content['votes_per_second']:6.0f}   a second")
     peaks = {f"the GPU's memory, {label}": peak for label, peak in (content.get("gpu_memory_gb") or {}).items()}
-    peaks |= {"memory at its peak": content["peak_memory_gb"], "the GPU's at its peak": content["peak_gpu_memory_gb"]}
-    return "\n".join([*lines, *(f"{label:<48} {peak:8.3f} GB" for label, peak in peaks.items() if peak)])
+    peaks["memory at its peak"] = content["peak_memory_gb"]
+    return "\n".join([*lines, *(f"{label:<48} {peak:8.3f} GB" for label, peak in peaks.items())])
 
 
 def publish(folder: Path, backbone: str, *names: str, prefix: str = "") -> None:

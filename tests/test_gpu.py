@@ -88,7 +88,7 @@ def test_rewards_and_segmenters_come_to_where_the_pictures_are(tmp_path: Path) -
 def test_the_bench_adds_its_rows(tiny_folder: Path) -> None:
     content = bench.run(str(tiny_folder), 3, start_up=False)
     assert {"batch", "float32", "offload", "stock-4"} <= content["ratios"].keys()
-    assert 0 < max(content["gpu_memory_gb"].values()) <= content["peak_gpu_memory_gb"]
+    assert min(content["gpu_memory_gb"].values()) > 0
     resting = bench.run(str(tiny_folder), 3, start_up=False, offload=True)
     assert resting["offload"] and {"batch", "float32"} <= resting["ratios"].keys()
     assert not {"offload", "stock-4"} & resting["ratios"].keys()

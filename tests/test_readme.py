@@ -111,12 +111,18 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     assert last in SHELL
 
 
+def between(mark: str) -> str:
+    """What the README shows between two marks."""
+    found = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, flags=re.DOTALL)
+    assert found is not None, f"the README has no <!-- {mark} -->"
+    return found[1].strip()
+
+
 def test_figures_of_the_model_are_those_that_were_measured() -> None:
     """Between the marks stands the table of emoji-measures.json, or nothing while there is no such file."""
     file = ROOT / "assets/emoji-measures.json"
     expected = measure.table(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else ""
-    shown = re.search(r"<!-- measures -->\n(.*?)<!-- /measures -->", README, flags=re.DOTALL)
-    assert shown is not None and shown[1].strip() == expected
+    assert between("measures") == expected
     assert measure.COMMAND in README
 
 
@@ -129,8 +135,7 @@ def test_what_was_measured_is_the_model_that_is_here(name: str) -> None:
 
 def test_figures_of_the_ablation_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/ablation-report.json").read_text(encoding="utf-8"))
-    shown = re.search(r"<!-- ablation -->\n(.*?)<!-- /ablation -->", README, flags=re.DOTALL)
-    assert shown is not None and shown[1].strip() == report.ablation(content)
+    assert between("ablation") == report.ablation(content)
     assert content["plan"]["prompts"] == 24 and content["plan"]["seeds"] == 2, "as the README says"
     known = {file.path.stem: file.sha256 for file in found(ROOT / "assets/emoji-lora")}
     for method in ("tcd", "hyper", "tscd"):
@@ -149,8 +154,7 @@ def test_nothing_is_published_that_failed_on_the_ladder(name: str) -> None:
 
 def test_differences_that_were_asked_for_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/rivals-report.json").read_text(encoding="utf-8"))
-    shown = re.search(r"<!-- rivals -->\n(.*?)<!-- /rivals -->", README, flags=re.DOTALL)
-    assert shown is not None and shown[1].strip() == report.rivals(content)
+    assert between("rivals") == report.rivals(content)
     assert content["plan"]["prompts"] == 240 and content["plan"]["seeds"] == 4, "as the README says"
     assert set(content["adapters"].values()) <= {file.sha256 for file in found(ROOT / "assets/emoji-lora")}
 
@@ -158,14 +162,11 @@ def test_differences_that_were_asked_for_are_those_that_were_published() -> None
 def test_presets_are_those_that_are_trained_with() -> None:
     from hypersd.distill import presets
 
-    shown = re.search(r"<!-- presets -->\n(.*?)<!-- /presets -->", README, flags=re.DOTALL)
-    assert shown, "the README shows the presets"
-    assert shown[1] == presets()
+    assert between("presets") == presets().strip()
 
 
 def test_figures_of_the_methods_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/report.json").read_text(encoding="utf-8"))
-    shown = re.search(r"<!-- evaluation -->\n(.*?)<!-- /evaluation -->", README, flags=re.DOTALL)
-    assert shown is not None and shown[1].strip() == report.readme(content)
+    assert between("evaluation") == report.readme(content)
     assert content["plan"]["prompts"] == 48 and content["plan"]["seeds"] == 2, "as the README says"
     assert set(content["adapters"].values()) <= {file.sha256 for file in found(ROOT / "assets/emoji-lora")}

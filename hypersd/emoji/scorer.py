@@ -42,7 +42,6 @@ from hypersd.quality import r_precision
 from hypersd.train import Recipe, Run, Step, mixed
 
 SIDE, SPACE = 64, text.TEACHER_WIDTH  # pixels, width of the common space
-FULL = 128  # pixels of the artwork
 ASSETS = artwork.MANIFEST.parent
 RECIPE = Recipe(
     updates=1600, batch=64, lr=1.5e-3, warmup=50, cooldown=800, weight_decay=0.05, ema=0.995, clip=1.0, precision="bf16"
@@ -247,10 +246,10 @@ def looks(scorer: Scorer, pictures: np.ndarray, batch: int = 64) -> Tensor:
     The embedding was taught to overlook blur and noise; the stages on the way to it see them, and pictures are shrunk
     no further than to the artwork's own 128 pixels.
     """
-    found = []
+    found, full = [], artwork.SIDE
     for first in range(0, len(pictures), batch):
         x = to_float(pictures[first : first + batch])
-        x = F.interpolate(x, (FULL, FULL), mode="area") if x.shape[-1] > FULL else x
+        x = F.interpolate(x, (full, full), mode="area") if x.shape[-1] > full else x
         stages = scorer.image.resnet(pixel_values=x, output_hidden_states=True).hidden_states
         found.append(
             torch.cat([part for y in stages for part in (y.mean((2, 3)), y.std((2, 3), correction=0))], 1).float()
