@@ -271,10 +271,12 @@ def _parts(backbone: str) -> list[str]:
 
     rows = installed(backbone)
     there = paper.at_hand(rows)
-    if paper.REFINED in there and not any("asked" in file.card.recipe for file in rows[paper.REFINED].adapters):
-        there.remove(paper.REFINED)
-        told = f"convert {paper.REFINED} --name {paper.REFINED}-distilled --out FILE, in the LoRA folder"
-        print(f"{paper.REFINED} has learned from no feedback and is left out; to have it: {told}", file=sys.stderr)
+    if paper.REFINED in there:
+        name = paper.learned(file.card.recipe for file in rows[paper.REFINED].adapters)
+        if name != paper.REFINED:
+            there.remove(paper.REFINED)
+            told = f"convert {paper.REFINED} --name {name} --out FILE, in the LoRA folder"
+            print(f"{paper.REFINED} was not refined for likeness and is left out; to have it: {told}", file=sys.stderr)
     if len(there) < 2:
         wanted = ", ".join(part.method for part in paper.ABLATION)
         raise InputError(f"an ablation needs two of {wanted}, found {there or 'none'}; see python -m hypersd distill")

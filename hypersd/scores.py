@@ -68,6 +68,15 @@ class Cosine(Scorer):
         texts = _features(self.clip.get_text_features(**read.to(x.device)))
         return self.scale * F.cosine_similarity(pictures.float(), texts.float(), dim=1)
 
+    def looks(self, pixels: Tensor) -> Tensor:
+        """Mean and deviation over all patches of every feature after every layer: how a picture is drawn, more than
+        what it shows. float [n, 3, h, w] in -1..1 -> [n, 2 * (layers + 1) * width]."""
+        self.to(pixels.device)
+        x = prepared(pixels, self.clip.config.vision_config.image_size).to(self.clip.dtype)
+        layers = self.clip.vision_model(pixel_values=x, output_hidden_states=True).hidden_states
+        patches = [layer[:, 1:].float() for layer in layers]  # the first one stands for the whole picture
+        return torch.cat([part for y in patches for part in (y.mean(1), y.std(1, correction=0))], 1)
+
 
 class Aesthetic(Scorer):
     """How beautiful a picture is, 1 to 10, whatever the prompt: a linear head on CLIP's unit vector."""

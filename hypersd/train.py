@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas
 import torch
@@ -90,6 +90,13 @@ class Recipe:
         size = self.batch // pieces
         first = process * self.accumulate
         return [range(i * size, (i + 1) * size) for i in range(first, first + self.accumulate)]
+
+
+@runtime_checkable
+class Bringing(Protocol):
+    """A network that is not learned by the recipe's optimizer."""
+
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
 
 class Step:
@@ -210,7 +217,8 @@ class Run:
                 )
             entry |= {name: loss, f"{name}/norm": length}
             for group in self.optimizers[name].param_groups:
-                group["lr"] = self.recipe.rate(self.step)
+                if not group.get("own"):
+                    group["lr"] = self.recipe.rate(self.step)
             self.optimizers[name].step()
         self._move_average(losses)
         self.step += 1
@@ -458,6 +466,9 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's, or the one that a network brings along, whose groups are marked "own" if their rate is, too."""
+    if isinstance(network, Bringing):
+        return network.optimizer()
     if recipe.optimizer == "muon":
         return Muon(network, recipe.lr, recipe.weight_decay)
     trainable = _trainable(network)

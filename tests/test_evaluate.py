@@ -598,7 +598,7 @@ def test_the_ablation_has_its_parts_in_order_and_says_which_are_absent(content: 
         ]
         assert [row[0] for row in rows] == [part.label for part in paper.ABLATION]
         given = {row[0]: [cell != "–" for cell in row[1:]] for row in rows}
-        assert given.pop("TCD") == [True, False, False] and given.pop("TSCD + DMD + feedback") == [True] * 3
+        assert given.pop("TCD") == [True, False, False] and given.pop("all, and likeness") == [True] * 3
         assert not any(cell for row in given.values() for cell in row)
     absent = [line for line in lines if "is not drawn here" in line]
     assert len(absent) == len(paper.ABLATION) - 2 and any(
@@ -619,21 +619,19 @@ def test_each_part_is_made_under_the_name_it_is_looked_for(part: paper.Part, mon
         assert (given.name or given.method) == part.method
 
 
-def test_a_hyper_that_learned_from_no_feedback_is_not_shown_as_one_that_did(
-    tiny_folder: Path, tiny_adapters: Sequence[AdapterFile], monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("recipe", "name"), [({}, "hyper-distilled"), ({"asked": {"rank": 8}}, "hyper-feedback"),
+                                              ({"asked": {"rank": 8, "likeness": 0.0}}, "hyper-feedback"),
+                                              ({"asked": {"rank": 8, "likeness": 1.0}}, "hyper")])  # fmt: skip
+def test_a_hyper_is_not_shown_as_more_than_it_is(
+    recipe: dict[str, Any], name: str, tiny_adapters: Sequence[AdapterFile], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def rows(refined: dict[str, Any]) -> dict[str, Any]:
-        files = [
-            f._replace(card=replace(f.card, recipe=refined if f.card.name == "hyper" else {})) for f in tiny_adapters
-        ]
-        return discover(files, files[0].card.base_sha256)
-
-    monkeypatch.setattr("hypersd.methods.installed", lambda backbone: rows({"asked": {"rank": 8}}))
-    assert "hyper" in _parts("emoji") and not capsys.readouterr().err
-    monkeypatch.setattr("hypersd.methods.installed", lambda backbone: rows({}))
-    assert "hyper" not in _parts("emoji")
-    assert "convert hyper --name hyper-distilled --out FILE" in capsys.readouterr().err
+    files = [f._replace(card=replace(f.card, recipe=recipe if f.card.name == "hyper" else {})) for f in tiny_adapters]
+    rows = discover(files, files[0].card.base_sha256)
+    monkeypatch.setattr("hypersd.methods.installed", lambda backbone: rows)
+    assert ("hyper" in _parts("emoji")) == (name == "hyper")
+    told = capsys.readouterr().err
+    assert not told if name == "hyper" else f"convert hyper --name {name} --out FILE" in told
 
 
 # ---------------------------------------------------------------------------------------------- the command line

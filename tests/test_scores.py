@@ -22,6 +22,7 @@ from hypersd.emoji.prompts import Prompt
 from hypersd.evaluate import chosen
 from hypersd.evaluate.measures import METRICS, Evidence, measured
 from hypersd.feedback import reward
+from hypersd.feedback.likeness import Eye
 from hypersd.records import InputError
 
 SIDE = 32
@@ -197,6 +198,25 @@ def test_pictures_get_a_gradient_and_weights_do_not(load: Any, name: str) -> Non
     scorer(x, PROMPTS).sum().backward()
     assert x.grad is not None and float(x.grad.abs().sum()) > 0
     assert not any(p.requires_grad for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("name", ["clip", "pick", "hps"])
+def test_a_clip_tells_how_pictures_are_drawn(load: Any, name: str) -> None:
+    """Of each layer the mean and deviation over patches; blur changes it, and a gradient goes through."""
+    x, eye = pictures().requires_grad_(), load(name)
+    assert isinstance(eye, Eye) and not isinstance(load("aesthetic"), Eye)
+    told = eye.looks(x)
+    layers = eye.clip.vision_model(
+        pixel_values=scores.prepared(x, eye.clip.config.vision_config.image_size), output_hidden_states=True
+    ).hidden_states
+    width = layers[0].shape[-1]
+    assert told.shape == (2, 2 * len(layers) * width)
+    torch.testing.assert_close(told[:, :width], layers[0][:, 1:].mean(1))
+    torch.testing.assert_close(told[:, -width:], layers[-1][:, 1:].std(1, correction=0))
+    blurred = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
+    assert float((eye.looks(blurred) - told).detach().abs().max()) > 1e-2
+    (slope,) = torch.autograd.grad(told.sum(), x)
+    assert bool(slope.abs().amax((1, 2, 3)).gt(0).all())
 
 
 @pytest.mark.parametrize("name", scores.PUBLISHED)

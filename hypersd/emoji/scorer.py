@@ -70,6 +70,18 @@ class Scorer(nn.Module):
         """The same before they are made unit vectors, whose length says something too. [n, 384]"""
         return self.image(pixel_values=shrink(x)).logits.float()
 
+    def looks(self, x: Tensor) -> Tensor:
+        """How pictures are drawn, more than what they show: mean and deviation over the picture of every channel after
+        every stage of the image tower. float [n, 3, h, w] in -1..1 -> [n, 1024].
+
+        The embedding was taught to overlook blur and noise; the stages on the way to it see them, and pictures are
+        shrunk no further than to the artwork's own 128 pixels.
+        """
+        full = artwork.SIDE
+        x = F.interpolate(x, (full, full), mode="area") if x.shape[-1] > full else x
+        stages = self.image.resnet(pixel_values=x, output_hidden_states=True).hidden_states
+        return torch.cat([part for y in stages for part in (y.mean((2, 3)), y.std((2, 3), correction=0))], 1).float()
+
     def texts(self, ids: Tensor) -> Tensor:
         """Ids [n, length] -> unit vectors [n, 384]."""
         return F.normalize(self.text(input_ids=ids).text_embeds.float(), dim=1)
@@ -240,21 +252,8 @@ def embed_pictures(scorer: Scorer, pictures: np.ndarray, batch: int = 128) -> Te
 
 @torch.inference_mode()
 def looks(scorer: Scorer, pictures: np.ndarray, batch: int = 64) -> Tensor:
-    """How pictures are drawn, more than what they show: mean and deviation over the picture of every channel after
-    every stage of the image tower. uint8 [n, h, w, 3] -> float32 [n, 1024].
-
-    The embedding was taught to overlook blur and noise; the stages on the way to it see them, and pictures are shrunk
-    no further than to the artwork's own 128 pixels.
-    """
-    found, full = [], artwork.SIDE
-    for first in range(0, len(pictures), batch):
-        x = to_float(pictures[first : first + batch])
-        x = F.interpolate(x, (full, full), mode="area") if x.shape[-1] > full else x
-        stages = scorer.image.resnet(pixel_values=x, output_hidden_states=True).hidden_states
-        found.append(
-            torch.cat([part for y in stages for part in (y.mean((2, 3)), y.std((2, 3), correction=0))], 1).float()
-        )
-    return torch.cat(found)
+    """`Scorer.looks` of uint8 [n, h, w, 3], float32 [n, 1024]."""
+    return torch.cat([scorer.looks(to_float(pictures[i : i + batch])) for i in range(0, len(pictures), batch)])
 
 
 @torch.inference_mode()

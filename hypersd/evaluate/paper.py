@@ -7,8 +7,9 @@ ImageReward, PickScore. It gives no intervals, and it trained on the second and 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 FIGURES = ("CLIP", "aesthetic†", "ImageReward†", "PickScore")
 FAMILIES = {"sd15": "SD15", "sdxl": "SDXL"}  # backbone -> how the paper calls it
@@ -101,8 +102,9 @@ class Part:
     how: tuple[str, ...]
 
 
-REFINED = "hyper"  # the row that is the last part if feedback taught it
+REFINED = "hyper"  # the row that is the last part if it was refined twice
 _LIKED = "--reward assets/emoji-scorer-a --picker assets/emoji-reward"
+_ALIKE = "--mode rollout --likeness 4 --weight 0.2 --pictures 16 --lr 3e-4 --updates 500"
 ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones and are drawn in 1 to 8 steps
     Part("TCD", "tcd", ("distill tcd",)),
     Part("TSCD", "tscd", ("distill tscd",)),
@@ -111,8 +113,18 @@ ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones
     Part("DMD", "dmd", ("distill dmd",)),
     Part("TSCD, then DMD", "tscd-dmd", ("distill dmd --begin tscd-1 --name tscd-dmd",)),
     Part("TSCD + DMD", "hyper-distilled", ("distill hyper --name hyper-distilled",)),
-    Part("TSCD + DMD + feedback", "hyper", (f"refine hyper-distilled --steps 4 --name hyper {_LIKED}",)),
+    Part("TSCD + DMD + feedback", "hyper-feedback",
+         (f"refine hyper-distilled --steps 4 --name hyper-feedback {_LIKED}",)),
+    Part("all, and likeness", "hyper",
+         (f"refine hyper-feedback --steps 4 --name hyper {_ALIKE} {_LIKED}",)),
 )  # fmt: skip
+
+
+def learned(refinements: Iterable[Mapping[str, Any]]) -> str:
+    """The row that a `hyper` belongs in, by what its card says of the last refinement."""
+    asked = [recipe["asked"] for recipe in refinements if "asked" in recipe]
+    liked = any(told.get("likeness") for told in asked)
+    return REFINED if liked else f"{REFINED}-{'feedback' if asked else 'distilled'}"
 
 
 def at_hand(names: Container[str]) -> list[str]:

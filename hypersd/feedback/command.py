@@ -115,6 +115,8 @@ def _refining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", default="reuse", help="reuse or rollout (default: %(default)s)")
     parser.add_argument("--weight", default=0.05, help="of the rewards (default: %(default)s)")
     parser.add_argument("--rank", type=int, help="of the feedback's LoRA (default: 8, or what the parent has already)")
+    parser.add_argument("--pictures", default=4, help="of each batch, decoded for the rewards (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the preset's)")
     for option, what in CHANGED.items():
         parser.add_argument(f"--{option}", type=int, help=f"{what} (default: the preset's)")
     parser.add_argument("--checkpointing", action="store_true", help="take less memory and more time: activations are "
@@ -130,6 +132,8 @@ def refine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", help="what the picker looks at and nothing learns from: a text file, one prompt a "
                         "line (default: the embedded model's)")  # fmt: skip
     parser.add_argument("--structure", default=0.0, help="weight of the structure loss (default: none)")
+    parser.add_argument("--likeness", default=0.0, help="weight of the likeness of all drawings together to real "
+                        "pictures, with --mode rollout (default: none)")  # fmt: skip
     parser.add_argument("--segmenter", default="assets/emoji-segmenter", help="of the structure loss: ours, or a "
                         "Mask2Former or MaskFormer, a folder or on the hub (default: %(default)s)")  # fmt: skip
     parser.add_argument("--runs", default="runs/refine", help="folder of the run (default: %(default)s)")
@@ -147,9 +151,9 @@ def refine_run(given: argparse.Namespace) -> Lines:
     for place in (folder, runs):
         distill.check_folder(place)
     texts = _looked_at(given.backbone, given.prompts)
+    recipe = _recipe(given)
     find = _segmenter(given, asked, parent)
     *rewards, picker = (reward.load(Path(place)) for place in (*_rewards(given), given.picker))
-    recipe = _recipe(given)
     objective = _base(given).refinement(parent, rewards, asked, recipe, picker=picker, prompts=texts, structure=find)
     made = refl.run(objective, recipe, runs, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
@@ -211,7 +215,8 @@ def _parent(given: argparse.Namespace) -> tuple[Path, AdapterFile, Asked]:
     parent = named(found(folder), given.parent)
     rank = learned_rank(parent.card) or RANK if given.rank is None else given.rank
     steps = loop.steps_for(parent, given.steps)
-    return folder, parent, Asked(steps, given.mode, given.weight, getattr(given, "structure", 0.0), rank=rank)
+    more = {name: getattr(given, name, 0.0) for name in ("structure", "likeness")}
+    return folder, parent, Asked(steps, given.mode, given.weight, pictures=given.pictures, rank=rank, **more)
 
 
 def _base(given: argparse.Namespace) -> Base:
@@ -227,7 +232,7 @@ def _base(given: argparse.Namespace) -> Base:
 def _recipe(given: argparse.Namespace) -> Recipe:
     from hypersd.feedback import refl
 
-    changed = {name: value for name in CHANGED if (value := getattr(given, name)) is not None}
+    changed = {name: value for name in ("lr", *CHANGED) if (value := getattr(given, name)) is not None}
     return replace(refl.RECIPE, **changed)
 
 

@@ -16,6 +16,9 @@ pictures there.
 Two ways to get a picture that a gradient flows through: `reuse` decodes the clean latent that the anchor has just
 estimated, at no further network call; `rollout` draws as the student will be drawn with, from noise to a random
 step, and lets that one step learn. Structure is asked of `reuse` only, where the real picture and its mask are known.
+Likeness (likeness.py) is asked of whole drawings, so with it a rollout goes to its end, in any number of steps that the
+parent is drawn in, half of the time in the fewest. It is no property of single pictures, which is all that the picker
+sees: such a refinement ends with its recipe.
 
 Silent in the paper and chosen here: the anchor, thresholds are what preferred pictures reach, weights below.
 """
@@ -30,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypersd import adapters, distill
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
+from hypersd.feedback.likeness import REAL, Eye, Likeness
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
 from hypersd.generate import denoise, grid, trajectory
@@ -51,7 +55,7 @@ RANK = 8  # of a first turn's LoRA
 
 @dataclass(frozen=True)
 class Asked:
-    """How the rewards enter: `weight` of all, `structure` that of the structure loss, the LoRA's rank.
+    """How the rewards enter: `weight` of all, `structure` and `likeness` those of these losses, the LoRA's rank.
 
     `pictures` of the whole batch are decoded for them. `steps` is the step count that `rollout` draws with and that the
     held-out reward looks at.
@@ -61,17 +65,20 @@ class Asked:
     mode: str = "reuse"
     weight: float = 0.05
     structure: float = 0.0
+    likeness: float = 0.0
     pictures: int = 4
     rank: int = RANK
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(f"the mode must be one of {', '.join(MODES)}, got {self.mode[:40]!r}")
-        for name in ("weight", "structure"):
+        for name in ("weight", "structure", "likeness"):
             object.__setattr__(self, name, real_number(getattr(self, name), name, 0.0, 100.0))
-        whole_number(self.pictures, "pictures", 1, 2**31)
+        object.__setattr__(self, "pictures", whole_number(self.pictures, "pictures", 1, 2**31))
         if self.structure and self.mode != "reuse":
             raise InputError(f"{self.mode} draws no picture whose structure is known; type --mode reuse")
+        if self.likeness and self.mode != "rollout":
+            raise InputError(f"{self.mode} draws nothing to its end, so likeness cannot be told; type --mode rollout")
 
 
 class Refinement(distill.Distillation):
@@ -114,6 +121,7 @@ class Refinement(distill.Distillation):
         self.structure = structure
         self.start = min(self.start, parent.card.start)
         self.inherited = distill.inherited(parent.card, *distill.ORIGIN, "spacing")
+        self.likeness = self._likeness() if asked.likeness else None
         self._wear(adapters.load(parent.path), learned_rank(parent.card))
         self._x0: Tensor | None = None
         self._first: Tensor | None = None
@@ -134,6 +142,34 @@ class Refinement(distill.Distillation):
             self._before.append("before")
             for role in ("before", "student", "ema"):
                 self.roles[role].load_adapter(taught)
+
+    def _likeness(self) -> Likeness:
+        """To real pictures as the autoencoder gives them back, which no drawing can outdo.
+
+        Raises InputError: none of the rewards tells looks.
+        """
+        self.eye = next((r for r in self.rewards if isinstance(r, Eye)), None)
+        if self.eye is None:
+            told = ", ".join(r.name for r in self.rewards)
+            raise InputError(
+                f"likeness goes by what a reward's scorer sees of a picture, and none of {told} tells it; leave "
+                "--likeness out, or add --reward: the folder of a reward model or of a scorer, clip, pick or hps"
+            )
+        segments, suggested = self.parent.card.segments, self.method.steps.suggested
+        counts = sorted({self.asked.steps, *(count for count in suggested if count % segments == 0)})
+        chosen = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:REAL]
+        with torch.no_grad():
+            seen = [self.eye.looks(self.backbone.picture(self._real(rows))) for rows in chosen.split(16)]
+        return Likeness(counts, torch.cat(seen)).to(self.backbone.device)
+
+    def _real(self, rows: Tensor) -> Tensor:
+        latents = self.data.take(rows).latents
+        if latents is None:
+            raise InputError("the data holds prompts only, and likeness is to real pictures; leave --likeness out")
+        return latents.to(self.backbone.device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return super().modules() | ({"likeness": self.likeness} if self.likeness else {})
 
     def describe(self) -> dict[str, Any]:
         told = super().describe()
@@ -158,15 +194,23 @@ class Refinement(distill.Distillation):
         asked, whole = self.asked, step.recipe.batch
         count = sum(place < asked.pictures for place in step.part)
         share = whole / len(step.part) / min(asked.pictures, whole)
+        follow = None
         if asked.mode == "rollout" and (count or sharding()):  # processes that share the base call it equally often
-            pictures, captions = self._rolled_out(step, count or 1)
-            loss = loss + asked.weight * (share if count else 0.0) * self._missing(pictures, captions)
+            pictures, captions, steps = self._rolled_out(step, count or 1)
+            share = share if count else 0.0
+            loss = loss + asked.weight * share * self._missing(pictures, captions)
+            if self.likeness and self.eye:
+                looks = self.eye.looks(pictures)
+                loss = loss + asked.likeness * share * self.likeness(looks, steps).sum()
+                follow = share * self.likeness.follow(looks, steps).sum()
         elif count:
             assert self._x0 is not None, "the student has just made an estimate"
             pictures = self.backbone.picture(self._x0[:count])
             loss = loss + asked.weight * share * self._missing(pictures, self._captions(count))
             loss = loss + asked.structure * share * self._lost_structure(pictures, step, count)
         yield "student", loss
+        if self.likeness:
+            yield "likeness", 0.0 * self.likeness.gaps.sum() if follow is None else follow
 
     def _anchor(self, step: Step) -> Tensor:
         """What keeps the student near what it was distilled to be."""
@@ -193,15 +237,25 @@ class Refinement(distill.Distillation):
         truth = getattr(self.data, self.structure.asks)(step.rows(len(self.data))[:count])
         return self.structure(pictures, truth).sum()
 
-    def _rolled_out(self, step: Step, count: int) -> tuple[Tensor, list[str]]:
-        """The student's own drawing from noise to a random step, which alone learns; what it then has in mind.
+    def _how_far(self, step: Step) -> tuple[int, int]:
+        """In how many steps an update draws, and the one of them, from 0, that learns and ends the drawing.
 
-        The step is the same for the whole update: processes that share the base call the network equally often.
+        The same for the whole update: processes that share the base call the network equally often.
         """
+        draws = Step(step.index, step.recipe).generator("rollout")
+        if not self.likeness:
+            return self.asked.steps, int(torch.randint(self.asked.steps, (), generator=draws))
+        fewest, *more = self.likeness.counts
+        which = int(torch.randint(2 * len(more) or 1, (), generator=draws))
+        steps = more[which] if which < len(more) else fewest
+        return steps, steps - 1
+
+    def _rolled_out(self, step: Step, count: int) -> tuple[Tensor, list[str], int]:
+        """The student's own drawing from noise to the step that alone learns; what it then has in mind, of how many."""
+        steps, last = self._how_far(step)
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
-        jumps = grid(self.schedule, self.method, self.asked.steps, self.start)
-        last = int(torch.randint(len(jumps), (), generator=Step(step.index, step.recipe).generator("rollout")))
+        jumps = grid(self.schedule, self.method, steps, self.start)
         noises = (step.randn(f"rollout {n}", x_t.shape[1:])[:count].to(x_t) for n in range(len(jumps)))
 
         def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +263,7 @@ class Refinement(distill.Distillation):
             return self.estimate("student", x_t, where, states, learn=t == jumps[last][0])
 
         *_, taken = trajectory(self.schedule, self.method, jumps[: last + 1], x_t, estimate, noises.__next__)
-        return self.backbone.picture(taken.x0), captions
+        return self.backbone.picture(taken.x0), captions, steps
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -230,6 +284,8 @@ class Refinement(distill.Distillation):
         if processes().is_main_process:
             Image.fromarray(torch.cat(shown).numpy()).save(folder / "sheet.png")
         moved = float((latents - self._first).square().mean())
+        if self.likeness:
+            told |= {f"gap_{count}": gap for count, gap in self.likeness.squared().items()}
         return {"picked": float(self.picker(pictures, prompts).mean()), **told, "moved": moved}
 
     @torch.no_grad()
@@ -319,7 +375,7 @@ class Refined:
 
 
 def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: str, **told: Any) -> Refined:
-    """Refine, keep what the picker likes best, write one LoRA that is parent and feedback together.
+    """Refine, keep what the picker likes best (with likeness, the last), write one LoRA: the parent with its feedback.
 
     The feedback alone lies beside the run, in `folder`, to be put on top at another scale (convert.py).
 
@@ -328,7 +384,7 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
         Diverged: the loss was not finite.
     """
     training = Run(objective, recipe, folder)
-    look = keep_best(training, "picked", every=EVERY, patience=PATIENCE)
+    look = keep_best(training, "picked", every=EVERY, patience=None if objective.likeness else PATIENCE)
     before = looks_in(folder)[0].value
     if look.step == 0:
         raise Problem(

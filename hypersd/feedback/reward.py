@@ -177,11 +177,12 @@ class Look:
     value: float
 
 
-def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE) -> Look:
+def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int | None = PATIENCE) -> Look:
     """Train, look every so many updates, and end with the averaged weights that measured highest `by` on the sheet.
 
-    The start counts too, and of equals the first. Ends early after `patience` looks without a better one. Killed and
-    started again it goes on, to the same end.
+    The start counts too, and of equals the first. Ends early after `patience` looks without a better one; with None the
+    looks only tell, and it ends with its recipe and the averages of then. Killed and started again it goes on, to the
+    same end.
 
     Raises:
         Problem: a measure was not finite.
@@ -203,9 +204,11 @@ def keep_best(run: Run, by: str, *, every: int = EVERY, patience: int = PATIENCE
                 file.write_text(json.dumps([asdict(look) for look in looks]), encoding="utf-8")
         chosen = max(looks, key=lambda look: (look.value, -look.step), default=Look(run.step, -np.inf))
         behind = sum(look.step > chosen.step for look in looks)
-        if run.step >= run.recipe.updates or behind >= patience:
+        if run.step >= run.recipe.updates or (patience is not None and behind >= patience):
             break
         run.advance(until=(run.step // every + 1) * every)
+    if patience is None:
+        return looks[-1]
     run.processes.wait_for_everyone()
     _load(run, best)
     return chosen
@@ -334,6 +337,9 @@ class Trained:
             self._states |= {text: state.clone() for text, state in zip(unknown, states, strict=True)}
         return self.model(pixels.float().cpu(), torch.stack([self._states[prompt] for prompt in prompts]))
 
+    def looks(self, pixels: Tensor) -> Tensor:
+        return self.model.scorer.looks(pixels.float().cpu())
+
 
 class Aligned:
     """A `Reward` that asks only whether the picture shows its text: the cosine of one of the two emoji scorers."""
@@ -350,6 +356,9 @@ class Aligned:
             self._texts[prompt] = scorer.embed_texts(self.model, [prompt])[0].clone()
         texts = torch.stack([self._texts[prompt] for prompt in prompts])
         return (self.model.pictures(pixels.float().cpu()) * texts).sum(1)
+
+    def looks(self, pixels: Tensor) -> Tensor:
+        return self.model.looks(pixels.float().cpu())
 
 
 def load(folder: Path) -> Reward:

@@ -1,0 +1,72 @@
+"""Likeness: drawings, as a whole, look like real pictures, at every number of steps.
+
+A reward asks what one picture lacks. That drawings have too little contrast on average in one step and too much in
+eight no single picture shows, but the mean of what a scorer's lower layers see does, and a gradient can take it to the
+mean that real pictures have: feature matching (Salimans et al. 2016, arXiv:1606.03498, section 3.1), with a scorer
+that is frozen in place of a discriminator. Few pictures do not tell a mean, so that of the drawings is learned
+alongside, as a player of its own: half the squared gap g has the gradient g dz in one picture's looks z. With g fixed
+that is a linear critic, the best one against a mean. Its optimizer is plain gradient descent, at a rate that makes it
+the moving average over the last few updates: a slower one chases where the student was, and both swing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+RATE = 0.2  # of the moving average, an update that draws in as many steps
+REAL = 512  # pictures whose mean is aimed at
+
+
+@runtime_checkable
+class Eye(Protocol):
+    """A reward that also tells how pictures are drawn, float [n, 3, h, w] in -1..1 -> [n, k], with their gradient."""
+
+    def looks(self, pixels: Tensor) -> Tensor: ...
+
+
+class Likeness(nn.Module):
+    """How far the mean looks of drawings in each number of steps are from those of real pictures.
+
+    Looks are standardised as the real ones vary, so that no feature outweighs the others only by its unit.
+    """
+
+    def __init__(self, counts: Sequence[int], real: Tensor) -> None:
+        """`real` are looks of real pictures [m, k]; raises ValueError for fewer than two."""
+        if len(real) < 2:
+            raise ValueError(f"how much real pictures vary cannot be told by {len(real)}")
+        super().__init__()
+        self.counts = tuple(counts)
+        deviation = real.std(0, correction=0)
+        scale = deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-6)
+        self.register_buffer("mean", real.mean(0))
+        self.register_buffer("scale", scale)
+        self.gaps = nn.Parameter(torch.zeros(len(counts), real.shape[1]))
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What turns `follow` into the moving average, whatever rate weights are learned at."""
+        return torch.optim.SGD([{"params": [self.gaps], "lr": RATE * self.gaps.shape[1], "own": True}])
+
+    def of(self, looks: Tensor) -> Tensor:
+        """Looks as deviations from the real mean. [n, k]"""
+        mean, scale = self.get_buffer("mean"), self.get_buffer("scale")
+        return (looks - mean) / scale
+
+    def gap(self, count: int) -> Tensor:
+        """What was learned of the mean of drawings in `count` steps, in deviations of the real ones. [k]"""
+        return self.gaps[self.counts.index(count)]
+
+    def forward(self, looks: Tensor, count: int) -> Tensor:
+        """The student's loss, whose gradient is that of half the squared gap; [n], the mean over features."""
+        return (self.of(looks) * self.gap(count).detach()).mean(1)
+
+    def follow(self, looks: Tensor, count: int) -> Tensor:
+        """The gap's own loss, least where it is the mean. [n]"""
+        return (self.of(looks.detach()) - self.gap(count)).square().mean(1) / 2
+
+    def squared(self) -> dict[int, float]:
+        """The squared gap of each number of steps, the mean over features: 1 is a whole deviation in each."""
+        return {count: float(self.gap(count).square().mean().detach()) for count in self.counts}
