@@ -113,7 +113,7 @@ def test_two_players_take_a_student_to_the_real_mean() -> None:
 
 
 def test_one_real_picture_is_too_few() -> None:
-    with pytest.raises(ValueError, match="vary cannot be told by 1"):
+    with pytest.raises(InputError, match="two or more, got 1; give more as --data"):
         Likeness((1,), torch.zeros(1, 4))
 
 
@@ -261,6 +261,15 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     monkeypatch.setattr("hypersd.distill.loader", lambda _: pytest.fail("the base was loaded"))
     assert main([*command, *given]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_likeness_is_to_real_pictures(command: list[str], tmp_path: Path, capsys: Any) -> None:
+    """Prompts alone are enough to refine a `dmd`, but not for this."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command[1] = "dmd-1"
+    given = ["--data", str(tmp_path / "prompts.txt"), "--mode", "rollout", "--likeness", "1"]
+    assert main([*command, *given]) == 2
+    assert "likeness is to real pictures; leave --likeness out" in capsys.readouterr().err
 
 
 def test_the_command_passes_on_what_is_asked(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

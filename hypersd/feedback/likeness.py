@@ -17,6 +17,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from hypersd.records import InputError
+
 RATE = 0.2  # of the moving average, an update that draws in as many steps
 REAL = 512  # pictures whose mean is aimed at
 
@@ -35,16 +37,18 @@ class Likeness(nn.Module):
     """
 
     def __init__(self, counts: Sequence[int], real: Tensor) -> None:
-        """`real` are looks of real pictures [m, k]; raises ValueError for fewer than two."""
+        """`real` are looks of real pictures [m, k]; it comes to where they are. Raises InputError: fewer than two."""
         if len(real) < 2:
-            raise ValueError(f"how much real pictures vary cannot be told by {len(real)}")
+            raise InputError(
+                f"likeness needs real pictures that vary, two or more, got {len(real)}; give more as --data"
+            )
         super().__init__()
         self.counts = tuple(counts)
         deviation = real.std(0, correction=0)
         scale = deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-6)
         self.register_buffer("mean", real.mean(0))
         self.register_buffer("scale", scale)
-        self.gaps = nn.Parameter(torch.zeros(len(counts), real.shape[1]))
+        self.gaps = nn.Parameter(torch.zeros(len(counts), real.shape[1], device=real.device))
 
     def optimizer(self) -> torch.optim.Optimizer:
         """What turns `follow` into the moving average, whatever rate weights are learned at."""

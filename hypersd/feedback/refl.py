@@ -160,7 +160,7 @@ class Refinement(distill.Distillation):
         chosen = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:REAL]
         with torch.no_grad():
             seen = [self.eye.looks(self.backbone.picture(self._real(rows))) for rows in chosen.split(16)]
-        return Likeness(counts, torch.cat(seen)).to(self.backbone.device)
+        return Likeness(counts, torch.cat(seen))
 
     def _real(self, rows: Tensor) -> Tensor:
         latents = self.data.take(rows).latents
