@@ -104,7 +104,7 @@ class Part:
 
 REFINED = "hyper"  # the row that is the last part if it was refined twice
 _LIKED = "--reward assets/emoji-scorer-a --picker assets/emoji-reward"
-_ALIKE = "--mode rollout --likeness 4 --weight 0.2 --pictures 16 --lr 3e-4 --updates 500"
+_ALIKE = "--steps 4 --mode rollout --likeness"
 ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones and are drawn in 1 to 8 steps
     Part("TCD", "tcd", ("distill tcd",)),
     Part("TSCD", "tscd", ("distill tscd",)),
@@ -116,7 +116,9 @@ ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones
     Part("TSCD + DMD + feedback", "hyper-feedback",
          (f"refine hyper-distilled --steps 4 --name hyper-feedback {_LIKED}",)),
     Part("all, and likeness", "hyper",
-         (f"refine hyper-feedback --steps 4 --name hyper {_ALIKE} {_LIKED}",)),
+         (f"refine hyper-feedback --name hyper-alike {_ALIKE} 1 --pictures 8 --lr 3e-4 --updates 500 {_LIKED}",
+          f"refine hyper-alike --name hyper-nearer {_ALIKE} 4 --pictures 16 --lr 2e-4 --updates 250 {_LIKED}",
+          f"refine hyper-nearer --name hyper {_ALIKE} 10 --pictures 16 --lr 1e-4 --updates 200 {_LIKED}")),
 )  # fmt: skip
 
 
