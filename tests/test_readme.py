@@ -136,7 +136,7 @@ def test_what_was_measured_is_the_model_that_is_here(name: str) -> None:
 def test_figures_of_the_ablation_are_those_that_were_published() -> None:
     content = json.loads((ROOT / "assets/measured/ablation-report.json").read_text(encoding="utf-8"))
     assert between("ablation") == report.ablation(content)
-    assert content["plan"]["prompts"] == 24 and content["plan"]["seeds"] == 2, "as the README says"
+    assert content["plan"]["prompts"] == 120 and content["plan"]["seeds"] == 2, "as the README says"
     known = {file.path.stem: file.sha256 for file in found(ROOT / "assets/emoji-lora")}
     for method in ("tcd", "hyper", "tscd"):
         for steps in (1, 2, 4, 8):
