@@ -198,6 +198,18 @@ def test_neither_players_gradient_depends_on_how_the_batch_is_cut(backbone: Back
             torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-6)
 
 
+def test_the_moving_average_keeps_its_rate_while_the_learning_rate_rises(
+    backbone: Backbone, parent: AdapterFile, tmp_path: Path
+) -> None:
+    objective = seeing(backbone, parent)
+    assert objective.likeness
+    with torch.no_grad():
+        pictures, _, steps = objective._rolled_out(Step(0, RECIPE), 4)
+    mean = objective.likeness.of(Seeing().looks(pictures)).mean(0)
+    Run(objective, replace(RECIPE, warmup=50), tmp_path).update()
+    torch.testing.assert_close(objective.likeness.gap(steps).detach(), RATE * mean, rtol=1e-3, atol=1e-4)
+
+
 def test_it_resumes_bit_for_bit(tiny_folder: Path, parent: AdapterFile, tmp_path: Path) -> None:
     def begun(folder: str) -> Run:
         objective = seeing(Backbone.load(tiny_folder), parent)

@@ -20,7 +20,7 @@ Likeness (likeness.py) is asked of whole drawings, so with it a rollout goes to 
 parent is drawn in, half of the time in the fewest. It is no property of single pictures, which is all that the picker
 sees: such a refinement ends with its recipe.
 
-Silent in the paper and chosen here: the anchor, thresholds are what preferred pictures reach, weights below.
+Silent in the paper and chosen here: the anchor, likeness, thresholds are what preferred pictures reach, weights below.
 """
 
 from __future__ import annotations
