@@ -204,7 +204,7 @@ def test_pictures_get_a_gradient_and_weights_do_not(load: Any, name: str) -> Non
 def test_a_clip_tells_how_pictures_are_drawn(load: Any, name: str) -> None:
     """Of each layer the mean and deviation over patches; blur changes it, and a gradient goes through."""
     x, eye = pictures().requires_grad_(), load(name)
-    assert isinstance(eye, Eye) and not isinstance(load("aesthetic"), Eye)
+    assert [isinstance(each, Eye) for each in (eye, load("aesthetic"))] == [True, False]
     told = eye.looks(x)
     layers = eye.clip.vision_model(
         pixel_values=scores.prepared(x, eye.clip.config.vision_config.image_size), output_hidden_states=True
