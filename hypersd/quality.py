@@ -84,11 +84,19 @@ def kernel_distance(drawn: Tensor, real: Tensor) -> Tensor:
 
 def standardised(drawn: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Both with every feature centred and scaled as the real pictures have it, so that none outweighs the others only
-    by its unit. [..., k] and [m, k], float64. One that hardly varies among the real ones, less than a tenth as much as
-    the median feature, is scaled as if it did so, or it would drown the others wherever a drawn picture has it."""
-    mean, deviation = real.double().mean(0), real.double().std(0, correction=0)
-    scale = deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-9)
+    by its unit. [..., k] and [m, k], float64."""
+    mean, scale = spread(real)
     return (drawn.double() - mean) / scale, (real.double() - mean) / scale
+
+
+def spread(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every feature of real pictures [m, k], float64 [k] each.
+
+    One that hardly varies, less than a tenth as much as the median feature, is told to vary so much, or it would drown
+    the others wherever a drawn picture has it.
+    """
+    mean, deviation = real.double().mean(0), real.double().std(0, correction=0)
+    return mean, deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-9)
 
 
 def bandwidth(real: Tensor) -> float:

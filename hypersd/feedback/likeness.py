@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from hypersd import quality
 from hypersd.records import InputError
 
 RATE = 0.2  # of the moving average, an update that draws in as many steps
@@ -44,10 +45,8 @@ class Likeness(nn.Module):
             )
         super().__init__()
         self.counts = tuple(counts)
-        deviation = real.std(0, correction=0)
-        scale = deviation.clamp_min(0.1 * float(deviation.median())).clamp_min(1e-6)
-        self.register_buffer("mean", real.mean(0))
-        self.register_buffer("scale", scale)
+        for name, value in zip(("mean", "scale"), quality.spread(real), strict=True):
+            self.register_buffer(name, value.float())
         self.gaps = nn.Parameter(torch.zeros(len(counts), real.shape[1], device=real.device))
 
     def optimizer(self) -> torch.optim.Optimizer:
