@@ -50,7 +50,10 @@ class Likeness(nn.Module):
         self.gaps = nn.Parameter(torch.zeros(len(counts), real.shape[1], device=real.device))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """What turns `follow` into the moving average, whatever rate weights are learned at."""
+        """What turns `follow` into the moving average, whatever rate weights are learned at.
+
+        Its gradient, a k-th of the distance to go, is far too short to be clipped: 0.01 in the embedded model's runs.
+        """
         return torch.optim.SGD([{"params": [self.gaps], "lr": RATE * self.gaps.shape[1], "own": True}])
 
     def of(self, looks: Tensor) -> Tensor:
