@@ -59,6 +59,7 @@ class _Worn:
 
     merged: bool
     names: tuple[str, ...] = ()
+    strength: float = 1.0
 
 
 class _Layer:
@@ -75,7 +76,7 @@ class _Layer:
         if not names:
             return self.base_layer(x)
         halves = [layers[name].weight for name in names for layers in (self.lora_A, self.lora_B)]
-        scales = [self.scaling[name] for name in names]
+        scales = [self.scaling[name] * self.worn.strength for name in names]
         if torch.is_grad_enabled() and not self.worn.merged:
             return self.base_layer(x) + self._low_rank(x, halves, scales)
         weight = self._effective(halves, scales)
@@ -273,6 +274,15 @@ class Roles:
                 )
 
     @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """All that is worn counts so many times, for as long as this is open."""
+        before, self._worn.strength = self._worn.strength, strength
+        try:
+            yield
+        finally:
+            self._worn.strength = before
+
+    @contextmanager
     def wear(self, *names: str) -> Iterator[None]:
         """The network with these roles on, none for the bare base; the old ones are back afterwards."""
         if unknown := [name for name in names if name not in self._roles]:
@@ -310,10 +320,10 @@ class Roles:
 
 
 def _checkpoint(roles: Roles, function: Any, *arguments: Any) -> Any:
-    names = roles._worn.names
+    names, strength = roles._worn.names, roles._worn.strength
 
     def as_then(*arguments: Any) -> Any:  # entered anew by each backward; `context_fn` would do for one only
-        with roles.wear(*names):
+        with roles.wear(*names), roles.at(strength):
             return function(*arguments)
 
     return checkpoint(as_then, *arguments, use_reentrant=False)

@@ -457,6 +457,7 @@ def test_the_artwork_is_training_data_as_it_lies(tmp_path: Path) -> None:
     (tmp_path / "artwork" / "manifest.jsonl").write_text("".join(json.dumps(r.__dict__) + "\n" for r in rows))
     dataset = training.dataset(tmp_path, Emoji())
     batch = every(dataset.cached)
+    assert dataset.pixels(torch.tensor([1, 2])).unique().tolist() == pytest.approx([20 / 127.5 - 1, 40 / 127.5 - 1])
     assert dataset.masks(torch.tensor([1, 2])).unique().tolist() == pytest.approx([20 / 255, 40 / 255])
     assert batch.latents is not None and batch.captions == [f"thing {i}, noto style" for i in (0, 2, 4)]
     torch.testing.assert_close(batch.latents[:, 0, 0, 0] * 255, torch.tensor([0.0, 20, 40]), atol=0.1, rtol=0)

@@ -351,7 +351,8 @@ def rolled_out(objective: Refinement, steps: int) -> list[tuple[Tensor, int, Ten
     objective.estimate = watched  # type: ignore[method-assign]
     for index in range(50):
         seen.clear()
-        objective._rolled_out(Step(index, RECIPE), 4)
+        step = Step(index, RECIPE)
+        objective._rolled_out(step, 4, *objective._how_far(step))
         if len(seen) == steps:
             break
     return seen
@@ -797,7 +798,7 @@ def test_structure_is_learned_from_coco_by_a_segmenter_of_transformers(
             objective.asked = replace(objective.asked, structure=weight)
             (_, loss) = next(objective.losses(Step(0, recipe)))
             slopes[weight] = float(loss.detach()), torch.autograd.grad(loss, learned)[0]
-        return refl.Refined(objective.parent, reward.Look(1, 1.0), 0.0)
+        return refl.Refined(objective.parent, reward.Look(1, 1.0), 0.0, None)
 
     monkeypatch.setattr(refl, "run", run)
     given = ["--data", str(coco_folder), "--segmenter", str(mask2former), "--structure", "1"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from liking import PROMPTS, Warm, warmth
 from listing import ROOT
-from test_feedback import RECIPE, backbone, command, made, mask2former, parent
+from test_feedback import RECIPE, Captioned, backbone, command, made, mask2former, parent
 from torch import Tensor, nn
 
 from hypersd import adapters
@@ -22,7 +22,7 @@ from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.emoji import scorer
 from hypersd.feedback import refl, reward
-from hypersd.feedback.likeness import RATE, Eye, Likeness
+from hypersd.feedback.likeness import RATE, STRENGTHS, Eye, Likeness, least, unbiased
 from hypersd.feedback.refl import Asked, Refinement
 from hypersd.plan import counted
 from hypersd.records import InputError
@@ -117,6 +117,28 @@ def test_one_real_picture_is_too_few() -> None:
         Likeness((1,), torch.zeros(1, 4))
 
 
+def test_the_squared_gap_of_few_drawings_is_right_on_average() -> None:
+    """Drawings that follow their real picture tell it better than as many that do not."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(400, 20, 3, generator=generator)
+    shift = torch.tensor([0.0, 0.1, -0.2])
+    near = real + shift + 0.3 * torch.randn(real.shape, generator=generator)
+    apart = torch.randn(real.shape, generator=generator) + shift
+    found = {name: [unbiased(d, r) for d, r in zip(drawn, real, strict=True)]
+             for name, drawn in (("near", near), ("apart", apart))}  # fmt: skip
+    truth = float(shift.square().mean())
+    for values in found.values():
+        assert np.mean(values) == pytest.approx(truth, abs=3 * np.std(values) / len(values) ** 0.5)
+    assert np.std(found["near"]) < np.std(found["apart"]) / 2
+
+
+def test_the_strength_is_where_the_parabola_is_least() -> None:
+    assert least({at: 2 + 3 * (at - 1.07) ** 2 for at in STRENGTHS}) == pytest.approx(1.07)
+    assert least({at: (at - 5) ** 2 for at in STRENGTHS}) == max(STRENGTHS)
+    assert least({at: (at + 5) ** 2 for at in STRENGTHS}) == min(STRENGTHS)
+    assert least({0.9: 1.0, 1.0: 3.0, 1.1: 3.0, 1.2: 0.5}) == 1.2  # it bends the other way
+
+
 # ------------------------------------------------------------------------------------------------- whose looks
 
 
@@ -204,7 +226,8 @@ def test_the_moving_average_keeps_its_rate_while_the_learning_rate_rises(
     objective = seeing(backbone, parent)
     assert objective.likeness
     with torch.no_grad():
-        pictures, _, steps = objective._rolled_out(Step(0, RECIPE), 4)
+        steps, last = objective._how_far(Step(0, RECIPE))
+        pictures, _ = objective._rolled_out(Step(0, RECIPE), 4, steps, last)
     mean = objective.likeness.of(Seeing().looks(pictures)).mean(0)
     Run(objective, replace(RECIPE, warmup=50), tmp_path).update()
     torch.testing.assert_close(objective.likeness.gap(steps).detach(), RATE * mean, rtol=1e-3, atol=1e-4)
@@ -242,7 +265,7 @@ def test_drawings_come_to_look_like_the_pictures_and_the_picker_does_not_choose(
         """The gap of many drawings of the data's captions, by noises that none was trained on."""
         assert objective.likeness
         with torch.no_grad():
-            drawn = torch.cat([objective._rolled_out(Step(1000 + index, RECIPE), 4)[0] for index in range(12)])
+            drawn = torch.cat([objective._rolled_out(Step(1000 + index, RECIPE), 4, 1, 0)[0] for index in range(12)])
         return float(objective.likeness.of(Seeing().looks(drawn)).mean(0).square().mean())
 
     dmd = adapters.named(tiny_adapters, "dmd-1")
@@ -256,6 +279,67 @@ def test_drawings_come_to_look_like_the_pictures_and_the_picker_does_not_choose(
     both, alone = adapters.load(found.file.path), objective.roles["ema"].adapter()
     taught = refl.parted(both, 2)[1]
     assert all(np.allclose(taught[name], tensor, atol=2e-3) for name, tensor in alone.items())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_strength_that_makes_pictures_as_bright_as_real_ones_is_found(
+    accumulate: int, backbone: Backbone, tiny_adapters: Sequence[AdapterFile]
+) -> None:
+    """In a world where brightness grows with it, by the fewest steps as much as by all others together."""
+    objective = seeing(backbone, adapters.named(tiny_adapters, "hyper-1"), replace(ASKED, pictures=3))
+    assert objective.likeness
+    recipe, seen = replace(RECIPE, accumulate=accumulate), Counter[int]()
+    right = {1: 1.04, 2: 1.1, 4: 1.1, 8: 1.1}
+
+    def drawn(step: Step, size: int, count: int, last: int, role: str) -> tuple[Tensor, list[str]]:
+        assert (role, last, len(step.part), size) == ("ema", count - 1, size, 3 if accumulate == 1 else 2)
+        seen[count] += size
+        faint = 0.5 * (objective.roles._worn.strength - right[count])
+        return noise(step) + faint, []
+
+    def noise(step: Step) -> Tensor:
+        return step.randn("beginning", (3, 4, 4)) / 4
+
+    parts = iter([noise(Step(recipe.updates + n, recipe, range(4 // accumulate))) for n in range(256)])
+    objective._rolled_out = drawn  # type: ignore[method-assign, assignment]
+    objective._real = lambda rows: Seeing().looks(next(parts)[: len(rows)])  # type: ignore[method-assign]
+    assert objective.strength(recipe) == pytest.approx(1.07, abs=1e-3)
+    assert all(512 * len(STRENGTHS) <= count < 520 * len(STRENGTHS) for count in seen.values())
+
+
+@pytest.mark.parametrize(("strength", "scale"), [(1.074, 1.07), (1.004, None)])
+def test_the_strength_is_said_with_the_command_that_makes_it_so(
+    strength: float, scale: float | None, command: list[str], tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(refl.Base, "refinement", lambda self, parent, *_, **__: parent)
+    monkeypatch.setattr(refl, "run", lambda parent, *_: refl.Refined(parent, reward.Look(1, 1.0), 0.0, strength))
+    assert main(command) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"its drawings are most like real pictures at {scale or 1:.2f} of its strength")
+    if scale is None:
+        assert "hypersd convert" not in told
+        return
+    _, said = told.split("python -m hypersd ")
+    assert main(said.replace("FILE", str(tmp_path / "made.safetensors")).split()) == 0
+    before, after = (adapters.load(path) for path in (Path(said.split()[1]), tmp_path / "made.safetensors"))
+    for name, tensor in after.items():
+        times = scale if name.endswith("lora_B") else 1.0
+        torch.testing.assert_close(tensor, times * before[name], rtol=2e-3, atol=1e-6)
+
+
+def test_likeness_is_to_the_pictures_themselves_where_the_data_has_them(
+    backbone: Backbone, parent: AdapterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And else to what the autoencoder gives back of them."""
+    decoded = seeing(backbone, parent).likeness
+    shown = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Captioned, "pixels", lambda self, rows: shown[rows], raising=False)
+    objective = seeing(Backbone.load(backbone.folder), parent)
+    assert decoded and objective.likeness
+    mean = Seeing().looks(shown[: len(objective.data)]).mean(0)
+    torch.testing.assert_close(objective.likeness.get_buffer("mean"), mean)
+    assert not torch.allclose(decoded.get_buffer("mean"), mean)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,24 @@ def test_layers_may_differ_from_role_to_role(network: nn.Module) -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_at_a_strength_all_that_is_worn_counts_so_many_times(network: Any, grad: bool) -> None:
+    """As if B had been multiplied, and only for so long."""
+    roles = dressed(network, "a", "b")
+    with torch.set_grad_enabled(grad), roles.wear("a", "b"):
+        plain = call(network)
+        with roles.at(1.5):
+            stronger = call(network)
+        assert torch.equal(call(network), plain)
+    with torch.no_grad():
+        for name in ("a", "b"):
+            for half, weight in roles[name].named_parameters():
+                weight.mul_(1.5 if half.endswith("lora_B") else 1.0)
+        with roles.wear("a", "b"):
+            torch.testing.assert_close(stronger.detach(), call(network), rtol=1e-4, atol=1e-5)
+    assert float((stronger - plain).detach().abs().max()) > 1e-2
+
+
 def test_nesting_and_exceptions_restore(network: nn.Module) -> None:
     roles = dressed(network, "a", "b")
     plain = bare(network)

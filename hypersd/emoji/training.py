@@ -17,6 +17,7 @@ from hypersd.data import Dataset, Encoder, Sample, Source, open_source, prepare
 from hypersd.data.coco import Outlined, open_coco
 from hypersd.data.dataset import Batch, Draws
 from hypersd.emoji import artwork
+from hypersd.emoji.autoencoder import to_float
 from hypersd.train import processes
 
 PIECE = 500  # pictures
@@ -52,10 +53,10 @@ def dataset(runs: Path, encoder: Encoder) -> Masked:
 
 
 class Masked:
-    """The cached artwork, with the mask of every picture."""
+    """The cached artwork, with every picture as it was drawn, and its mask."""
 
     def __init__(self, cached: Dataset, runs: Path) -> None:
-        _, self._masks, rows = artwork.load(runs / "artwork")
+        self._pixels, self._masks, rows = artwork.load(runs / "artwork")
         place = {row.id: number for number, row in enumerate(rows)}
         self.cached = cached
         self._places = [place[key] for key in cached.keys]
@@ -74,9 +75,16 @@ class Masked:
     def take(self, rows: Tensor, draws: Draws | None = None) -> Batch:
         return self.cached.take(rows, draws)
 
+    def pixels(self, rows: Tensor) -> Tensor:
+        """The pictures themselves, float32 [rows, 3, 128, 128] in -1..1."""
+        return to_float(self._pixels[self._of(rows)])
+
     def masks(self, rows: Tensor) -> Tensor:
         """What is object and not background, float32 [rows, 128, 128] in 0..1."""
-        return torch.from_numpy(np.array(self._masks[[self._places[row] for row in rows.tolist()]])).float() / 255
+        return torch.from_numpy(np.array(self._masks[self._of(rows)])).float() / 255
+
+    def _of(self, rows: Tensor) -> list[int]:
+        return [self._places[row] for row in rows.tolist()]
 
 
 def tells(data: str | None) -> tuple[str, ...]:

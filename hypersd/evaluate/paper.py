@@ -118,7 +118,8 @@ ABLATION = (  # what table 5 asks, of adapters that all begin with the same ones
     Part("all, and likeness", "hyper",
          (f"refine hyper-feedback --name hyper-alike {_ALIKE} 1 --pictures 8 --lr 3e-4 --updates 500 {_LIKED}",
           f"refine hyper-alike --name hyper-nearer {_ALIKE} 4 --pictures 16 --lr 2e-4 --updates 250 {_LIKED}",
-          f"refine hyper-nearer --name hyper {_ALIKE} 10 --pictures 16 --lr 1e-4 --updates 200 {_LIKED}")),
+          f"refine hyper-nearer --name hyper-nearest {_ALIKE} 10 --pictures 16 --lr 1e-4 --updates 200 {_LIKED}",
+          "convert hyper-nearest --scale 1.07 --name hyper --out assets/emoji-lora/hyper.safetensors")),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ What an action needs is imported when it runs, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,10 @@ def refine_run(given: argparse.Namespace) -> Lines:
     made = refl.run(objective, recipe, runs, path, name)
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
     yield f"{path}: after {made.look.step} updates {told}"
+    if made.strength is not None:
+        best, file = f"{made.strength:.2f}", shlex.quote(str(made.file.path))
+        so = "" if best == "1.00" else f"; python -m hypersd convert {file} --scale {best} --out FILE"
+        yield f"its drawings are most like real pictures at {best} of its strength{so}"
 
 
 def _looked_at(backbone: str, file: str | None) -> list[str]:

@@ -18,7 +18,7 @@ estimated, at no further network call; `rollout` draws as the student will be dr
 step, and lets that one step learn. Structure is asked of `reuse` only, where the real picture and its mask are known.
 Likeness (likeness.py) is asked of whole drawings, so with it a rollout goes to its end, in any number of steps that the
 parent is drawn in, half of the time in the fewest. It is no property of single pictures, which is all that the picker
-sees: such a refinement ends with its recipe.
+sees: such a refinement ends with its recipe, and says at which strength of the whole LoRA it would be nearest.
 
 Silent in the paper and chosen here: the anchor, likeness, thresholds are what preferred pictures reach, weights below.
 """
@@ -27,18 +27,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hypersd import adapters, distill
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
-from hypersd.feedback.likeness import REAL, Eye, Likeness
+from hypersd.feedback.likeness import REAL, SEEN, STRENGTHS, Eye, Likeness, least, unbiased
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
 from hypersd.generate import denoise, grid, trajectory
@@ -79,6 +81,13 @@ class Asked:
             raise InputError(f"{self.mode} draws no picture whose structure is known; type --mode reuse")
         if self.likeness and self.mode != "rollout":
             raise InputError(f"{self.mode} draws nothing to its end, so likeness cannot be told; type --mode rollout")
+
+
+@runtime_checkable
+class Pictured(Protocol):
+    """Data that has its pictures, not only their latents: float32 [rows, 3, h, w] in -1..1."""
+
+    def pixels(self, rows: Tensor) -> Tensor: ...
 
 
 class Refinement(distill.Distillation):
@@ -144,7 +153,7 @@ class Refinement(distill.Distillation):
                 self.roles[role].load_adapter(taught)
 
     def _likeness(self) -> Likeness:
-        """To real pictures as the autoencoder gives them back, which no drawing can outdo.
+        """To real pictures themselves where the data has them, else to what the autoencoder gives back of them.
 
         Raises InputError: none of the rewards tells looks.
         """
@@ -158,15 +167,20 @@ class Refinement(distill.Distillation):
         segments, suggested = self.parent.card.segments, self.method.steps.suggested
         counts = sorted({self.asked.steps, *(count for count in suggested if count % segments == 0)})
         chosen = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:REAL]
-        with torch.no_grad():
-            seen = [self.eye.looks(self.backbone.picture(self._real(rows))) for rows in chosen.split(16)]
+        shown = not processes().is_main_process
+        seen = [self._real(rows) for rows in tqdm(chosen.split(16), desc="real pictures", disable=shown)]
         return Likeness(counts, torch.cat(seen))
 
+    @torch.no_grad()
     def _real(self, rows: Tensor) -> Tensor:
+        """Looks of the real pictures of these rows [rows, k]."""
+        assert self.eye, "likeness is asked for"
+        if isinstance(self.data, Pictured):
+            return self.eye.looks(self.data.pixels(rows).to(self.backbone.device))
         latents = self.data.take(rows).latents
         if latents is None:
             raise InputError("the data holds prompts only, and likeness is to real pictures; leave --likeness out")
-        return latents.to(self.backbone.device)
+        return self.eye.looks(self.backbone.picture(latents.to(self.backbone.device)))
 
     def modules(self) -> dict[str, nn.Module]:
         return super().modules() | ({"likeness": self.likeness} if self.likeness else {})
@@ -196,7 +210,8 @@ class Refinement(distill.Distillation):
         share = whole / len(step.part) / min(asked.pictures, whole)
         follow = None
         if asked.mode == "rollout" and (count or sharding()):  # processes that share the base call it equally often
-            pictures, captions, steps = self._rolled_out(step, count or 1)
+            steps, last = self._how_far(step)
+            pictures, captions = self._rolled_out(step, count or 1, steps, last)
             share = share if count else 0.0
             loss = loss + asked.weight * share * self._missing(pictures, captions)
             if self.likeness and self.eye:
@@ -250,9 +265,11 @@ class Refinement(distill.Distillation):
         steps = more[which] if which < len(more) else fewest
         return steps, steps - 1
 
-    def _rolled_out(self, step: Step, count: int) -> tuple[Tensor, list[str], int]:
-        """The student's own drawing from noise to the step that alone learns; what it then has in mind, of how many."""
-        steps, last = self._how_far(step)
+    def _rolled_out(
+        self, step: Step, count: int, steps: int, last: int, role: str = "student"
+    ) -> tuple[Tensor, list[str]]:
+        """Drawings of a role's own from noise to step `last` of `steps`, the only one at which a student learns: what
+        it then has in mind, and of which captions."""
         at = self.beginnings(step)
         x_t, states, captions = at.x_t[:count], at.states[:count], self._captions(count)
         jumps = grid(self.schedule, self.method, steps, self.start)
@@ -260,10 +277,32 @@ class Refinement(distill.Distillation):
 
         def estimate(x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
             where = torch.full((count,), t, device=x_t.device)
-            return self.estimate("student", x_t, where, states, learn=t == jumps[last][0])
+            return self.estimate(role, x_t, where, states, learn=role == "student" and t == jumps[last][0])
 
         *_, taken = trajectory(self.schedule, self.method, jumps[: last + 1], x_t, estimate, noises.__next__)
-        return self.backbone.picture(taken.x0), captions, steps
+        return self.backbone.picture(taken.x0), captions
+
+    @torch.no_grad()
+    def strength(self, recipe: Recipe) -> float:
+        """At how many times its strength the whole LoRA draws what is most like real pictures.
+
+        The squared gap of drawings of the captions that would come next, in each number of steps, which weighs as often
+        as updates draw in it. All strengths draw the same captions from the same noises.
+        """
+        assert self.likeness and self.eye, "likeness is asked for"
+        fewest, *more = self.likeness.counts
+        weights = {count: 0.5 / len(more) for count in more} | {fewest: 0.5 if more else 1.0}
+        size = min(self.asked.pictures, recipe.batch // recipe.accumulate)
+        steps = [Step(recipe.updates + index, recipe, range(size)) for index in range(-(-SEEN // size))]
+        real = torch.cat([self.likeness.of(self._real(step.rows(len(self.data)))) for step in steps])
+        squared = dict.fromkeys(STRENGTHS, 0.0)
+        tried = list(product(STRENGTHS, weights))
+        for strength, count in tqdm(tried, desc="strength", disable=not processes().is_main_process):
+            with self.roles.at(strength):
+                drawn = (self._rolled_out(step, size, count, count - 1, "ema")[0] for step in steps)
+                looks = torch.cat([self.likeness.of(self.eye.looks(pictures)) for pictures in drawn])
+            squared[strength] += weights[count] * unbiased(looks, real)
+        return least(squared)
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -367,11 +406,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Refined:
-    """The new LoRA, when it was kept, and what the picker said of its parent and of it."""
+    """The new LoRA, when it was kept, what the picker said of its parent and of it, and with likeness the `strength`
+    at which it would draw what is most like real pictures."""
 
     file: AdapterFile
     look: Look
     before: float
+    strength: float | None
 
 
 def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: str, **told: Any) -> Refined:
@@ -396,8 +437,9 @@ def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: s
         made = card(objective, training, name, look, told)
         adapters.save(folder / "feedback.safetensors", feedback, replace(made, rank=objective.asked.rank))
         adapters.save(path, added(objective.roles["parent"].adapter(), feedback), made)
+    strength = objective.strength(recipe) if objective.likeness else None
     training.processes.wait_for_everyone()
-    return Refined(adapters.inspect(path), look, before)
+    return Refined(adapters.inspect(path), look, before, strength)
 
 
 def card(objective: Refinement, training: Run, name: str, look: Look, told: dict[str, Any]) -> Adapter:
