@@ -307,7 +307,7 @@ def test_the_strength_that_makes_pictures_as_bright_as_real_ones_is_found(
     assert all(512 * len(STRENGTHS) <= count < 520 * len(STRENGTHS) for count in seen.values())
 
 
-@pytest.mark.parametrize(("strength", "scale"), [(1.074, 1.07), (1.004, None)])
+@pytest.mark.parametrize(("strength", "scale"), [(1.074, 1.07), (0.974, 0.97), (0.99, None)])
 def test_the_strength_is_said_with_the_command_that_makes_it_so(
     strength: float, scale: float | None, command: list[str], tmp_path: Path, capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -316,7 +316,7 @@ def test_the_strength_is_said_with_the_command_that_makes_it_so(
     monkeypatch.setattr(refl, "run", lambda parent, *_: refl.Refined(parent, reward.Look(1, 1.0), 0.0, strength))
     assert main(command) == 0
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith(f"its drawings are most like real pictures at {scale or 1:.2f} of its strength")
+    assert told.startswith(f"its drawings are most like real pictures at {strength:.2f} of its strength")
     if scale is None:
         assert "hypersd convert" not in told
         return

@@ -161,7 +161,8 @@ def refine_run(given: argparse.Namespace) -> Lines:
     yield f"{path}: after {made.look.step} updates {told}"
     if made.strength is not None:
         best, file = f"{made.strength:.2f}", shlex.quote(str(made.file.path))
-        so = "" if best == "1.00" else f"; python -m hypersd convert {file} --scale {best} --out FILE"
+        apart = abs(made.strength - 1) > 0.02  # by so much other captions of the embedded model's told another one
+        so = f"; python -m hypersd convert {file} --scale {best} --out FILE" if apart else ""
         yield f"its drawings are most like real pictures at {best} of its strength{so}"
 
 
