@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,17 @@ def test_processes_share_the_pictures_whichever_comes_first(tiny_backbone: Backb
     assert [gallery.fill(wanted, tmp_path, tiny_backbone, process, 2) for process in (1, 0)] == [count // 2] * 2
     assert len(list(tmp_path.rglob("*.png"))) == count
     assert gallery.fill(wanted, tmp_path, tiny_backbone) == 0
+
+
+def test_a_run_that_is_stopped_has_something_to_compare_and_changes_networks_seldom() -> None:
+    """All arms draw some prompts before the next ones come; a network is put on once for all of these."""
+    wanted = small(limit=30)
+    cells, count = list(gallery.cells(wanted)), len(wanted.prompts)
+    assert len(set(cells)) == len(cells) == len(wanted.arms) * count * wanted.seeds and count > 2 * gallery.TOGETHER
+    whole = cells[: len(wanted.arms) * gallery.TOGETHER * wanted.seeds]
+    assert {number for _, number, _ in whole} == set(range(gallery.TOGETHER))
+    changes = sum(a[0] != b[0] for a, b in pairwise(cells)) + 1
+    assert changes == len(wanted.arms) * -(-count // gallery.TOGETHER)
 
 
 def test_a_method_without_its_adapter_is_left_out_and_named(

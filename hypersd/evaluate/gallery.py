@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from hypersd.generate import draw
 from hypersd.pictures import read_png, save_png
 from hypersd.records import InputError
 
+TOGETHER = 24  # prompts
+
 
 def path(folder: Path, arm: Arm, number: int, index: int) -> Path:
     """Where the `index`-th picture of prompt `number` lies."""
@@ -29,12 +32,11 @@ def path(folder: Path, arm: Arm, number: int, index: int) -> Path:
 
 
 def cells(plan: Plan) -> Iterator[tuple[Arm, int, int]]:
-    """(arm, prompt, seed) of every picture. All methods draw a prompt before the next one comes, so that a run that is
-    stopped early has something to compare."""
-    for number in range(len(plan.prompts)):
-        for arm in plan.arms:
-            for index in range(plan.seeds):
-                yield arm, number, index
+    """(arm, prompt, seed) of every picture. All methods draw some prompts before the next ones come, so that a run that
+    is stopped early has something to compare, and a network that is not kept is not made again for each prompt."""
+    prompts = range(len(plan.prompts))
+    for first in prompts[::TOGETHER]:
+        yield from product(plan.arms, prompts[first : first + TOGETHER], range(plan.seeds))
 
 
 def possible(plan: Plan, backbone: Backbone) -> Plan:
