@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,6 +306,31 @@ def test_the_strength_that_makes_pictures_as_bright_as_real_ones_is_found(
     objective._real = lambda rows: Seeing().looks(next(parts)[: len(rows)])  # type: ignore[method-assign]
     assert objective.strength(recipe) == pytest.approx(1.07, abs=1e-3)
     assert all(512 * len(STRENGTHS) <= count < 520 * len(STRENGTHS) for count in seen.values())
+
+
+def test_processes_share_what_tells_the_strength(
+    backbone: Backbone, parent: AdapterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draws as much, and nothing that another does; what all of them saw is looked at together."""
+    drawn: list[set[int]] = []
+    for rank in range(3):
+        objective = seeing(Backbone.load(backbone.folder), parent)
+        here = SimpleNamespace(process_index=rank, num_processes=3, is_main_process=rank == 0, device="cpu")
+        monkeypatch.setattr(refl, "processes", lambda here=here: here)
+        steps: list[int] = []
+
+        def draw(step: Step, size: int, *_: Any, steps: list[int] = steps) -> tuple[Tensor, list[str]]:
+            steps.append(step.index)
+            return step.randn("beginning", (3, 4, 4)), []
+
+        collected: list[int] = []
+        monkeypatch.setattr(refl, "gather", lambda looks, to=collected: to.append(len(looks)) or looks)
+        objective._rolled_out = draw  # type: ignore[method-assign, assignment]
+        objective.strength(RECIPE)
+        assert set(collected) == {len(set(steps)) * 4} and len(collected) == 1 + len(STRENGTHS) * 2
+        drawn.append(set(steps))
+    assert len(set.union(*drawn)) == sum(map(len, drawn)) == 3 * len(drawn[0]) == 129
+    assert min(set.union(*drawn)) == RECIPE.updates
 
 
 @pytest.mark.parametrize(("strength", "scale"), [(1.074, 1.07), (0.974, 0.97), (0.99, None)])

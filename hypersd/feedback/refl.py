@@ -33,6 +33,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -292,15 +293,17 @@ class Refinement(distill.Distillation):
         assert self.likeness and self.eye, "likeness is asked for"
         fewest, *more = self.likeness.counts
         weights = {count: 0.5 / len(more) for count in more} | {fewest: 0.5 if more else 1.0}
-        size = min(self.asked.pictures, recipe.batch // recipe.accumulate)
-        steps = [Step(recipe.updates + index, recipe, range(size)) for index in range(-(-SEEN // size))]
-        real = torch.cat([self.likeness.of(self._real(step.rows(len(self.data)))) for step in steps])
+        here, size = processes(), min(self.asked.pictures, recipe.batch // recipe.accumulate)
+        rounds = -(-SEEN // (size * here.num_processes))  # each process draws a share, all of them equally many
+        first = recipe.updates + here.process_index * rounds
+        steps = [Step(first + index, recipe, range(size)) for index in range(rounds)]
+        real = _of_all([self.likeness.of(self._real(step.rows(len(self.data)))) for step in steps])
         squared = dict.fromkeys(STRENGTHS, 0.0)
         tried = list(product(STRENGTHS, weights))
-        for strength, count in tqdm(tried, desc="strength", disable=not processes().is_main_process):
+        for strength, count in tqdm(tried, desc="strength", disable=not here.is_main_process):
             with self.roles.at(strength):
                 drawn = (self._rolled_out(step, size, count, count - 1, "ema")[0] for step in steps)
-                looks = torch.cat([self.likeness.of(self.eye.looks(pictures)) for pictures in drawn])
+                looks = _of_all([self.likeness.of(self.eye.looks(pictures)) for pictures in drawn])
             squared[strength] += weights[count] * unbiased(looks, real)
         return least(squared)
 
@@ -339,6 +342,13 @@ class Refinement(distill.Distillation):
                 denoise(self.backbone, Request(prompt, number, self.asked.steps), row, start=self.start).x
                 for number, prompt in enumerate(self.settings.prompts)
             ])  # fmt: skip
+
+
+def _of_all(looks: Sequence[Tensor]) -> Tensor:
+    """What all processes saw, in one."""
+    mine = torch.cat(list(looks)).to(processes().device)
+    together: Tensor = gather(mine)
+    return together
 
 
 def check_base(parent: AdapterFile, backbone: Backbone) -> None:
