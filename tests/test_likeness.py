@@ -23,7 +23,7 @@ from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
 from hypersd.emoji import scorer
 from hypersd.feedback import refl, reward
-from hypersd.feedback.likeness import RATE, STRENGTHS, Eye, Likeness, least, unbiased
+from hypersd.feedback.likeness import RATE, STRENGTHS, Eye, Likeness, Strength, least, strength, unbiased
 from hypersd.feedback.refl import Asked, Refinement
 from hypersd.plan import counted
 from hypersd.records import InputError
@@ -125,7 +125,7 @@ def test_the_squared_gap_of_few_drawings_is_right_on_average() -> None:
     shift = torch.tensor([0.0, 0.1, -0.2])
     near = real + shift + 0.3 * torch.randn(real.shape, generator=generator)
     apart = torch.randn(real.shape, generator=generator) + shift
-    found = {name: [unbiased(d, r) for d, r in zip(drawn, real, strict=True)]
+    found = {name: [unbiased(d - r) for d, r in zip(drawn, real, strict=True)]
              for name, drawn in (("near", near), ("apart", apart))}  # fmt: skip
     truth = float(shift.square().mean())
     for values in found.values():
@@ -138,6 +138,17 @@ def test_the_strength_is_where_the_parabola_is_least() -> None:
     assert least({at: (at - 5) ** 2 for at in STRENGTHS}) == max(STRENGTHS)
     assert least({at: (at + 5) ** 2 for at in STRENGTHS}) == min(STRENGTHS)
     assert least({0.9: 1.0, 1.0: 3.0, 1.1: 3.0, 1.2: 0.5}) == 1.2  # it bends the other way
+
+
+def test_the_error_of_the_strength_is_how_far_other_drawings_put_it() -> None:
+    """In a world of pictures that grow brighter with it, unevenly."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        noise, slope = (torch.randn(512, 8, generator=generator) for _ in range(2))
+        found.append(strength({at: [(1.0, (at - 1.05) * (2 + slope) + 0.3 * noise)] for at in STRENGTHS}))
+    values = [told.value for told in found]
+    assert np.mean(values) == pytest.approx(1.05, abs=3 * np.std(values) / 60**0.5)
+    assert np.mean([told.error for told in found]) == pytest.approx(np.std(values), rel=0.3)
 
 
 # ------------------------------------------------------------------------------------------------- whose looks
@@ -304,7 +315,7 @@ def test_the_strength_that_makes_pictures_as_bright_as_real_ones_is_found(
     parts = iter([noise(Step(recipe.updates + n, recipe, range(4 // accumulate))) for n in range(256)])
     objective._rolled_out = drawn  # type: ignore[method-assign, assignment]
     objective._real = lambda rows: Seeing().looks(next(parts)[: len(rows)])  # type: ignore[method-assign]
-    assert objective.strength(recipe) == pytest.approx(1.07, abs=1e-3)
+    assert objective.strength(recipe).value == pytest.approx(1.07, abs=1e-3)
     assert all(512 * len(STRENGTHS) <= count < 520 * len(STRENGTHS) for count in seen.values())
 
 
@@ -327,24 +338,26 @@ def test_processes_share_what_tells_the_strength(
         monkeypatch.setattr(refl, "gather", lambda looks, to=collected: to.append(len(looks)) or looks)
         objective._rolled_out = draw  # type: ignore[method-assign, assignment]
         objective.strength(RECIPE)
-        assert set(collected) == {len(set(steps)) * 4} and len(collected) == 1 + len(STRENGTHS) * 2
+        assert set(collected) == {len(set(steps)) * 4} and len(collected) == len(STRENGTHS) * 2
         drawn.append(set(steps))
     assert len(set.union(*drawn)) == sum(map(len, drawn)) == 3 * len(drawn[0]) == 129
     assert min(set.union(*drawn)) == RECIPE.updates
 
 
-@pytest.mark.parametrize(("strength", "scale"), [(1.074, 1.07), (0.974, 0.97), (0.99, None)])
+@pytest.mark.parametrize(
+    ("best", "scale"), [(Strength(1.074, 0.02), 1.07), (Strength(0.95, 0.02), 0.95), (Strength(0.95, 0.03), None)]
+)
 def test_the_strength_is_said_with_the_command_that_makes_it_so(
-    strength: float, scale: float | None, command: list[str], tmp_path: Path, capsys: Any,
+    best: Strength, scale: float | None, command: list[str], tmp_path: Path, capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(refl.Base, "refinement", lambda self, parent, *_, **__: parent)
-    monkeypatch.setattr(refl, "run", lambda parent, *_: refl.Refined(parent, reward.Look(1, 1.0), 0.0, strength))
+    monkeypatch.setattr(refl, "run", lambda parent, *_: refl.Refined(parent, reward.Look(1, 1.0), 0.0, best))
     assert main(command) == 0
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith(f"its drawings are most like real pictures at {strength:.2f} of its strength")
+    assert told.startswith(f"its drawings are most like real pictures at {best.value:.2f} ± {best.error:.2f} of its")
     if scale is None:
-        assert "hypersd convert" not in told
+        assert told.endswith("no other is beyond chance")
         return
     _, said = told.split("python -m hypersd ")
     assert main(said.replace("FILE", str(tmp_path / "made.safetensors")).split()) == 0

@@ -160,10 +160,10 @@ def refine_run(given: argparse.Namespace) -> Lines:
     told = f"the picker says {made.look.value:.3f}, of the parent {made.before:.3f}"
     yield f"{path}: after {made.look.step} updates {told}"
     if made.strength is not None:
-        best, file = f"{made.strength:.2f}", shlex.quote(str(made.file.path))
-        apart = abs(made.strength - 1) > 0.02  # by so much other captions of the embedded model's told another one
-        so = f"; python -m hypersd convert {file} --scale {best} --out FILE" if apart else ""
-        yield f"its drawings are most like real pictures at {best} of its strength{so}"
+        best, error = made.strength
+        so = f"python -m hypersd convert {shlex.quote(str(made.file.path))} --scale {best:.2f} --out FILE"
+        what = so if abs(best - 1) > 2 * error else "no other is beyond chance"
+        yield f"its drawings are most like real pictures at {best:.2f} ± {error:.2f} of its strength; {what}"
 
 
 def _looked_at(backbone: str, file: str | None) -> list[str]:

@@ -9,13 +9,13 @@ that is a linear critic, the best one against a mean. Its optimizer is plain gra
 the moving average over the last few updates: a slower one chases where the student was, and both swing.
 
 What is on the whole too faint is not for a few ranks to mend: the strength of a whole LoRA is one number, and the gap
-of drawings at several strengths tells it (`least`).
+of drawings at several strengths tells it (`strength`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ RATE = 0.2  # of the moving average, an update that draws in as many steps
 REAL = 2048  # pictures whose mean is aimed at
 STRENGTHS = (0.9, 1.0, 1.1, 1.2)  # of a whole LoRA, tried on so many
 SEEN = 512  # drawings of each number of steps
+PARTS = 16  # of these, each left out once to tell the error
 
 
 @runtime_checkable
@@ -84,10 +85,33 @@ class Likeness(nn.Module):
         return {count: float(self.gap(count).square().mean().detach()) for count in self.counts}
 
 
-def unbiased(drawn: Tensor, real: Tensor) -> float:
-    """The squared gap of drawings from the real pictures of the same captions, the mean over features; below zero where
-    chance alone would make a larger one. Both are deviations [n, k], row by row of one caption."""
-    apart = drawn - real
+class Strength(NamedTuple):
+    """How many times a LoRA should count, and the standard error of that."""
+
+    value: float
+    error: float
+
+
+def strength(apart: Mapping[float, Sequence[tuple[float, Tensor]]]) -> Strength:
+    """Where the squared gap is least, and by how much other drawings would have put it elsewhere.
+
+    `apart` has for each strength that was tried the weight of each number of steps, and by how much its drawings were
+    apart from the real pictures of their captions, in deviations [n, k]: the same captions everywhere, row by row. The
+    error is that of the jackknife over parts of these.
+    """
+
+    part = torch.arange(len(next(iter(apart.values()))[0][1])) % PARTS
+
+    def told(rows: Tensor) -> float:
+        return least({at: sum(w * unbiased(gaps[rows]) for w, gaps in seen) for at, seen in apart.items()})
+
+    without = [told(part != left_out) for left_out in range(PARTS)]
+    return Strength(told(part >= 0), float(np.std(without)) * (PARTS - 1) ** 0.5)
+
+
+def unbiased(apart: Tensor) -> float:
+    """The squared gap of drawings that are so far apart [n, k] from their real pictures, the mean over features; below
+    zero where chance alone would make a larger one."""
     return float((apart.mean(0).square() - apart.var(0) / len(apart)).mean())
 
 

@@ -41,7 +41,8 @@ from tqdm import tqdm
 from hypersd import adapters, distill
 from hypersd.adapters import AdapterFile
 from hypersd.backbone import Backbone
-from hypersd.feedback.likeness import REAL, SEEN, STRENGTHS, Eye, Likeness, least, unbiased
+from hypersd.feedback import likeness
+from hypersd.feedback.likeness import REAL, SEEN, STRENGTHS, Eye, Likeness, Strength
 from hypersd.feedback.reward import Look, Reward, keep_best, looks_in
 from hypersd.feedback.structure import Structure
 from hypersd.generate import denoise, grid, trajectory
@@ -284,7 +285,7 @@ class Refinement(distill.Distillation):
         return self.backbone.picture(taken.x0), captions
 
     @torch.no_grad()
-    def strength(self, recipe: Recipe) -> float:
+    def strength(self, recipe: Recipe) -> Strength:
         """At how many times its strength the whole LoRA draws what is most like real pictures.
 
         The squared gap of drawings of the captions that would come next, in each number of steps, which weighs as often
@@ -297,15 +298,15 @@ class Refinement(distill.Distillation):
         rounds = -(-SEEN // (size * here.num_processes))  # each process draws a share, all of them equally many
         first = recipe.updates + here.process_index * rounds
         steps = [Step(first + index, recipe, range(size)) for index in range(rounds)]
-        real = _of_all([self.likeness.of(self._real(step.rows(len(self.data)))) for step in steps])
-        squared = dict.fromkeys(STRENGTHS, 0.0)
+        real = torch.cat([self.likeness.of(self._real(step.rows(len(self.data)))) for step in steps])
+        apart: dict[float, list[tuple[float, Tensor]]] = {strength: [] for strength in STRENGTHS}
         tried = list(product(STRENGTHS, weights))
         for strength, count in tqdm(tried, desc="strength", disable=not here.is_main_process):
             with self.roles.at(strength):
                 drawn = (self._rolled_out(step, size, count, count - 1, "ema")[0] for step in steps)
-                looks = _of_all([self.likeness.of(self.eye.looks(pictures)) for pictures in drawn])
-            squared[strength] += weights[count] * unbiased(looks, real)
-        return least(squared)
+                looks = torch.cat([self.likeness.of(self.eye.looks(pictures)) for pictures in drawn])
+            apart[strength].append((weights[count], gather((looks - real).to(here.device)).cpu()))
+        return likeness.strength(apart)
 
     # ------------------------------------------------------------------------------------------ while it trains
 
@@ -342,13 +343,6 @@ class Refinement(distill.Distillation):
                 denoise(self.backbone, Request(prompt, number, self.asked.steps), row, start=self.start).x
                 for number, prompt in enumerate(self.settings.prompts)
             ])  # fmt: skip
-
-
-def _of_all(looks: Sequence[Tensor]) -> Tensor:
-    """What all processes saw, in one."""
-    mine = torch.cat(list(looks)).to(processes().device)
-    together: Tensor = gather(mine)
-    return together
 
 
 def check_base(parent: AdapterFile, backbone: Backbone) -> None:
@@ -422,7 +416,7 @@ class Refined:
     file: AdapterFile
     look: Look
     before: float
-    strength: float | None
+    strength: Strength | None
 
 
 def run(objective: Refinement, recipe: Recipe, folder: Path, path: Path, name: str, **told: Any) -> Refined:
