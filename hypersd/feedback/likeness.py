@@ -99,7 +99,6 @@ def strength(apart: Mapping[float, Sequence[tuple[float, Tensor]]]) -> Strength:
     apart from the real pictures of their captions, in deviations [n, k]: the same captions everywhere, row by row. The
     error is that of the jackknife over parts of these.
     """
-
     part = torch.arange(len(next(iter(apart.values()))[0][1])) % PARTS
 
     def told(rows: Tensor) -> float:

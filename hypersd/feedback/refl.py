@@ -169,9 +169,8 @@ class Refinement(distill.Distillation):
         segments, suggested = self.parent.card.segments, self.method.steps.suggested
         counts = sorted({self.asked.steps, *(count for count in suggested if count % segments == 0)})
         chosen = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:REAL]
-        shown = not processes().is_main_process
-        seen = [self._real(rows) for rows in tqdm(chosen.split(16), desc="real pictures", disable=shown)]
-        return Likeness(counts, torch.cat(seen))
+        parts = tqdm(chosen.split(16), desc="real pictures", disable=not processes().is_main_process)
+        return Likeness(counts, torch.cat([self._real(rows) for rows in parts]))
 
     @torch.no_grad()
     def _real(self, rows: Tensor) -> Tensor:
